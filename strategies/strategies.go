@@ -1,0 +1,176 @@
+// Package strategies holds the one interface that every way of making a remote
+// memory region available implements, its parameters, and the registry type.
+// The list of all strategies is in strategies/all.
+//
+// Three roles, three processes: the source has the data; the daemon runs a
+// strategy's destination side (Mount); the workload, another process again,
+// attaches to what Mount offers (Attachment) and touches it. No process ever
+// touches a mapping that it serves itself (docs/deadlocks.md).
+package strategies
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strings"
+
+	"memsync/strategies/param"
+	"memsync/strategies/region"
+	"memsync/strategies/transport"
+)
+
+// Capability is something that a strategy can do.
+type Capability string
+
+// The capabilities.
+const (
+	Reads     Capability = "read"     // the workload can read the region
+	Writes    Capability = "write"    // the workload's writes reach the source by Sync
+	Follows   Capability = "follow"   // later writes at the source become visible
+	Migrates  Capability = "migrate"  // the destination can take the region over
+	Snapshots Capability = "snapshot" // can take a consistent image of the region
+	LocalOnly Capability = "local"    // a baseline: the data is on this host, no link
+	Prefetch  Capability = "prefetch" // moves bytes before they are asked for
+)
+
+// Info describes a strategy. It is plain data, equal on every machine.
+type Info struct {
+	Name         string // as on the command line, for instance "managed-mount"
+	Doc          string // one line: the mechanism
+	Capabilities []Capability
+	Devices      []string     // names of the devices it can use, best first; "" only for baselines
+	Params       []param.Spec // its own parameters, for --set
+	DefaultChunk int64        // bytes
+	Consistency  string       // the contract: readers, writers, a source that changes
+}
+
+// Can reports whether the strategy has the capability.
+func (i Info) Can(c Capability) bool { return slices.Contains(i.Capabilities, c) }
+
+// Strategy is one way of making a remote region available as memory.
+// Implementations are stateless values; all methods may be called concurrently.
+type Strategy interface {
+	Info() Info
+	// Serve is the source's side: it answers one connection until the peer
+	// leaves (nil), ctx ends or the protocol is broken. Strategies that only
+	// read and write the region hand conn to t; others speak their own protocol.
+	Serve(ctx context.Context, t transport.Transport, conn net.Conn, e transport.Exports, p param.Values) error
+	// Mount is the daemon's side: it opens the remote region and returns once
+	// a workload can attach. It never touches the attachment's memory itself.
+	Mount(ctx context.Context, r Remote, o Options) (Mount, error)
+}
+
+// Remote is how the daemon reaches the source's region. With transport "local"
+// the region is held by the daemon itself.
+type Remote interface {
+	// Open opens the region. Each call opens connections of its own; the
+	// caller closes the Store.
+	Open(ctx context.Context) (region.Store, error)
+	// Dial makes a raw connection for a strategy's own protocol; it is answered
+	// by Strategy.Serve. With transport "local" it gives region.ErrNotSupported.
+	Dial(ctx context.Context) (net.Conn, error)
+}
+
+// Options say how to mount.
+type Options struct {
+	Device      string // one of Info.Devices
+	Chunk       int64  // bytes; a power of two, at least a page
+	PullWorkers int    // background pulls in flight; 0 means none
+	PushWorkers int    // background pushes in flight; 0 means none
+	ReadOnly    bool
+	Dir         string       // an existing scratch folder of the run; removed by the caller
+	Params      param.Values // validated against Info.Params and the device's
+}
+
+// AttachKind says how a workload attaches to a mount.
+type AttachKind string
+
+const (
+	// AttachPath: open Path and map it shared (or read and write it).
+	AttachPath AttachKind = "path"
+	// AttachMemfd: map File shared. All its bytes are there.
+	AttachMemfd AttachKind = "memfd"
+	// AttachAnonymous: make a private anonymous mapping and fill it from File
+	// before the clock starts (the "memory" baseline).
+	AttachAnonymous AttachKind = "anonymous"
+	// AttachFault: map as Fault says, register a userfaultfd on the mapping and
+	// hand it to the daemon, which calls FaultServer.ServeFaults.
+	AttachFault AttachKind = "fault"
+)
+
+// Attachment says how the workload attaches. All but File crosses the role
+// protocol as JSON; File crosses by SCM_RIGHTS.
+type Attachment struct {
+	Kind     AttachKind `json:"kind"`
+	Path     string     `json:"path,omitempty"`
+	File     *os.File   `json:"-"`
+	Size     int64      `json:"size"` // bytes of the region; the mapping is rounded up to pages
+	ReadOnly bool       `json:"read_only,omitempty"`
+	Populate bool       `json:"populate,omitempty"` // map with MAP_POPULATE: page tables are warm
+	Fault    *Fault     `json:"fault,omitempty"`
+}
+
+// Fault says how to map and register a region that is served by userfaultfd.
+type Fault struct {
+	Memory       string `json:"memory"`    // "anonymous" (private), "shared" (File, a memfd) or "huge" (File, a hugetlb memfd, or THP-aligned anonymous memory)
+	PageSize     int64  `json:"page_size"` // of the mapping: 4096, or the huge page's size
+	Missing      bool   `json:"missing"`   // UFFDIO_REGISTER_MODE_MISSING
+	Minor        bool   `json:"minor"`     // UFFDIO_REGISTER_MODE_MINOR
+	WriteProtect bool   `json:"write_protect"`
+}
+
+// Mount is a live mount in the daemon. It owns its descriptors and goroutines
+// until Close. All methods may be called concurrently.
+type Mount interface {
+	Attachment() Attachment
+	// Sync returns once all stores that the workload has flushed (msync; the
+	// runner asks the workload first) are at the source.
+	Sync(ctx context.Context) error
+	Stats() Stats
+	// Close stops background work, pushes what is dirty, and removes device
+	// and mount point. The workload should have detached. It may be called
+	// twice and returns the first error.
+	Close(ctx context.Context) error
+}
+
+// FaultServer is what a Mount with AttachFault implements. ServeFaults takes
+// over uffd, which the workload registered for its mapping at base, and
+// returns once faults are being served; Mount.Close ends that.
+type FaultServer interface {
+	ServeFaults(uffd *os.File, base uintptr) error
+}
+
+// Stats counts what a mount has moved since it was opened.
+type Stats struct {
+	DemandRequests, DemandBytes     int64            // pulled because the workload waited
+	PrefetchRequests, PrefetchBytes int64            // pulled ahead
+	PushRequests, PushBytes         int64            // written back
+	LocalRequests, LocalBytes       int64            // answered without the remote
+	Faults                          int64            // userfaultfd events answered
+	PreemptiveBytes                 int64            // local when Mount returned
+	Extra                           map[string]int64 `json:",omitempty"` // a strategy's own counters, by metric name
+}
+
+// Registry is a set of strategies by name, in a fixed order.
+type Registry []Strategy
+
+// Get returns the strategy called name, or an error that lists the valid names.
+func (r Registry) Get(name string) (Strategy, error) {
+	for _, s := range r {
+		if s.Info().Name == name {
+			return s, nil
+		}
+	}
+	return nil, fmt.Errorf("unknown strategy %q; valid: %s", name, strings.Join(r.Names(), ", "))
+}
+
+// Names returns the names in order.
+func (r Registry) Names() []string {
+	var names []string
+	for _, s := range r {
+		names = append(names, s.Info().Name)
+	}
+	return names
+}

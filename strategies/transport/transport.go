@@ -1,0 +1,71 @@
+// Package transport defines how a daemon reaches a source's region: the
+// Transport contract that every wire protocol implements (NBD first; see
+// transport/nbd), and the connections it is made of.
+package transport
+
+import (
+	"context"
+	"net"
+
+	"memsync/strategies/region"
+)
+
+// Dialer makes connections to one source.
+// Dial blocks until connected or ctx ends and may be called concurrently.
+type Dialer interface {
+	Dial(ctx context.Context) (net.Conn, error)
+}
+
+// DialFunc is a Dialer made of a function.
+type DialFunc func(ctx context.Context) (net.Conn, error)
+
+// Dial calls f.
+func (f DialFunc) Dial(ctx context.Context) (net.Conn, error) { return f(ctx) }
+
+// Exports is the set of named regions that a source serves on one port.
+// Open returns the region and is called once for each connection that asks for
+// it; the transport never closes it. A missing name gives region.ErrMissing.
+type Exports interface {
+	Open(name string) (region.Store, error)
+	List() []string
+}
+
+// One is an Exports with a single region under one name; the empty name means it too.
+type One struct {
+	Name  string
+	Store region.Store
+}
+
+// Open returns the region if name is its name or empty.
+func (o One) Open(name string) (region.Store, error) {
+	if name != "" && name != o.Name {
+		return nil, region.ErrMissing
+	}
+	return o.Store, nil
+}
+
+// List returns the one name.
+func (o One) List() []string { return []string{o.Name} }
+
+// Options tune the opening of a region.
+type Options struct {
+	Name        string // of the export; empty is the source's default
+	Connections int    // number of connections opened together, 1..16; 0 means 1
+	ReadOnly    bool   // refuse writes on this side
+}
+
+// Transport is a wire protocol between daemon and source.
+// Both methods may be called concurrently.
+type Transport interface {
+	// Name is the transport's name on the command line, for instance "nbd".
+	Name() string
+	// Serve answers one connection until the peer disconnects (nil), ctx ends
+	// or the peer breaks the protocol (an error that names the field). It
+	// closes conn. Other connections are not affected.
+	Serve(ctx context.Context, conn net.Conn, e Exports) error
+	// Open connects and returns the named region as a Store whose Close
+	// disconnects. Requests are pipelined; demand overtakes prefetch and push
+	// (region.ClassOf). A lost connection fails the requests in flight with
+	// region.ErrPeerGone.
+	Open(ctx context.Context, d Dialer, o Options) (region.Store, error)
+}
