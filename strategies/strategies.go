@@ -90,7 +90,7 @@ type AttachKind string
 const (
 	// AttachPath: open Path and map it shared (or read and write it).
 	AttachPath AttachKind = "path"
-	// AttachMemfd: map File shared. All its bytes are there.
+	// AttachMemfd: map File, a memfd or a file without a name, shared. All its bytes are there.
 	AttachMemfd AttachKind = "memfd"
 	// AttachAnonymous: make a private anonymous mapping and fill it from File
 	// before the clock starts (the "memory" baseline).
