@@ -1,0 +1,99 @@
+package results
+
+// Better says which direction of a metric is an improvement.
+type Better string
+
+// The directions.
+const (
+	Higher  Better = "higher"
+	Lower   Better = "lower"
+	Neither Better = "neither" // describes the run; not compared
+)
+
+// Metric is the definition of a metric.
+type Metric struct {
+	Name   string
+	Unit   string // base unit: s, B, B/s, bit/s, count, ratio
+	Better Better
+	Exact  bool   // the same in every run of a cell: a difference needs no statistics
+	From   string // start event, or what is counted from when
+	To     string // stop event
+	Doc    string
+}
+
+// metrics is the only list of metrics: rows, docs and comparisons know no other.
+var metrics = [...]Metric{
+	{"open_latency", "s", Lower, false, "Mount is called", "the attachment is usable in the workload", "How long opening takes."},
+	{"latency_first_chunk", "s", Lower, false, "first load after open, in the second page", "it returns", "First-chunk latency, on the page that the thesis measured."},
+	{"throughput", "B/s", Higher, false, "first load after open", "last byte copied out", "Region bytes by time."},
+	{"time_to_last_byte", "s", Lower, false, "open start", "last byte copied out", "What a user waits who opens a region and reads all of it."},
+	{"link_utilisation", "ratio", Higher, false, "open start", "last byte copied out", "Payload bytes by time_to_last_byte, divided by the rate of one TCP stream of the same bytes in the same direction, congestion control and sysctls (connect to last byte; median of 3, interleaved)."},
+	{"rate_utilisation", "ratio", Higher, false, "open start", "last byte copied out", "Payload bits by time_to_last_byte, divided by the configured rate."},
+	{"fault_latency_p50", "s", Lower, false, "load", "it returns", "Median over the loads of the run, from an HDR histogram."},
+	{"fault_latency_p99", "s", Lower, false, "load", "it returns", "99th percentile over the loads of the run."},
+	{"fault_latency_p999", "s", Lower, false, "load", "it returns", "99.9th percentile over the loads of the run."},
+	{"fault_latency_max", "s", Lower, false, "load", "it returns", "Slowest load of the run."},
+	{"downtime", "s", Lower, false, "last write accepted at the source", "first write accepted at the destination", "Sum of the four downtime parts."},
+	{"downtime_suspend", "s", Lower, false, "last write accepted at the source", "the writer is suspended", "Part of downtime."},
+	{"downtime_flush", "s", Lower, false, "the writer is suspended", "its stores are flushed", "Part of downtime."},
+	{"downtime_handover", "s", Lower, false, "stores are flushed", "the destination owns the region", "Part of downtime."},
+	{"downtime_pull", "s", Lower, false, "the destination owns the region", "first write accepted there", "Part of downtime: dirty chunks pulled because they were needed at once."},
+	{"blocktime", "s", Lower, false, "the destination takes over", "end of the run", "Sum of the workload's waits in faults after the hand-over."},
+	{"blocktime_max", "s", Lower, false, "the destination takes over", "end of the run", "Longest single wait after the hand-over."},
+	{"time_to_90", "s", Lower, false, "the destination takes over", "the workload reaches 90 % of its throughput before", "Recovery after a migration."},
+	{"total_time", "s", Lower, false, "command", "the source may exit (migration), the destination is equal (sync)", "Duration of the whole action."},
+	{"staleness", "s", Lower, false, "write at the source", "visible at the destination", "Age of what the destination sees; median over the writes of the run."},
+	{"wire_tx_bytes", "B", Lower, false, "open start", "teardown", "Sent at the source's interface, L3 bytes as segmented."},
+	{"wire_rx_bytes", "B", Lower, false, "open start", "teardown", "Received at the source's interface, L3 bytes as segmented."},
+	{"cpu_source", "s", Lower, false, "first load after open", "last byte copied out", "User and system time of the source."},
+	{"cpu_daemon", "s", Lower, false, "first load after open", "last byte copied out", "User and system time of the daemon."},
+	{"cpu_workload", "s", Lower, false, "first load after open", "last byte copied out", "User and system time of the workload."},
+	{"bytes_done", "B", Higher, false, "first load after open", "end of the measured section", "Region bytes that the workload touched before its budget ended."},
+	{"payload_bytes", "B", Lower, false, "open start", "end of the measured section", "Region bytes that crossed the link, without protocol."},
+	{"preemptive_pull_bytes", "B", Higher, false, "open start", "the attachment is usable", "Bytes already local when open returned."},
+	{"resent_bytes", "B", Lower, false, "open start", "teardown", "Region bytes that crossed the link more than once."},
+	{"writer_slowdown", "ratio", Lower, false, "the strategy tracks the writer", "it stops", "Time of the writer's work divided by its time untracked."},
+	{"pause", "s", Lower, false, "the writer is stopped", "it goes on", "Longest stop of a writer for a snapshot or a round."},
+	{"rss_source", "B", Lower, false, "open start", "end of the measured section", "Peak resident memory of the source."},
+	{"rss_daemon", "B", Lower, false, "open start", "end of the measured section", "Peak resident memory of the daemon."},
+	{"rss_workload", "B", Lower, false, "open start", "end of the measured section", "Peak resident memory of the workload."},
+	{"minor_faults_source", "count", Lower, false, "first load after open", "last byte copied out", "Page faults of the source that needed no I/O."},
+	{"minor_faults_daemon", "count", Lower, false, "first load after open", "last byte copied out", "Page faults of the daemon that needed no I/O."},
+	{"minor_faults_workload", "count", Lower, false, "first load after open", "last byte copied out", "Page faults of the workload that needed no I/O."},
+	{"major_faults_source", "count", Lower, false, "first load after open", "last byte copied out", "Page faults of the source that waited for I/O."},
+	{"major_faults_daemon", "count", Lower, false, "first load after open", "last byte copied out", "Page faults of the daemon that waited for I/O."},
+	{"major_faults_workload", "count", Lower, false, "first load after open", "last byte copied out", "Page faults of the workload that waited for I/O."},
+	{"context_switches_source", "count", Lower, false, "first load after open", "last byte copied out", "Voluntary and involuntary switches of the source."},
+	{"context_switches_daemon", "count", Lower, false, "first load after open", "last byte copied out", "Voluntary and involuntary switches of the daemon."},
+	{"context_switches_workload", "count", Lower, false, "first load after open", "last byte copied out", "Voluntary and involuntary switches of the workload."},
+	{"demand_requests", "count", Lower, false, "open start", "end of the measured section", "Requests made because the workload waited."},
+	{"demand_bytes", "B", Lower, false, "open start", "end of the measured section", "Bytes of demand requests."},
+	{"prefetch_requests", "count", Neither, false, "open start", "end of the measured section", "Requests made ahead of the workload."},
+	{"prefetch_bytes", "B", Neither, false, "open start", "end of the measured section", "Bytes of prefetch requests."},
+	{"push_requests", "count", Lower, false, "open start", "teardown", "Requests that wrote back to the source."},
+	{"push_bytes", "B", Lower, false, "open start", "teardown", "Bytes of push requests."},
+	{"rtt_measured", "s", Neither, false, "echo sent", "echo received", "Median of the echoes before and after the run."},
+	{"rate_measured", "bit/s", Neither, false, "first packet of a paced blast", "last packet received", "Receiver's L2 rate of the link, loss set to 0."},
+	{"tcp_goodput", "B/s", Neither, false, "connect", "last byte received", "One bulk TCP stream on the link; recorded, never a gate."},
+	{"steal_time", "s", Neither, false, "first load after open", "last byte copied out", "CPU time that the hypervisor took, all CPUs."},
+	{"harness_overhead", "s", Lower, false, "the run begins", "it is recorded", "Duration of the run without its measured section."},
+	{"floor_map", "B/s", Neither, false, "first load", "last byte copied out", "Yardstick: mapped read of a cached tmpfs file, 4 KiB pages, cold page tables, copied out page by page."},
+	{"floor_fill", "B/s", Neither, false, "first store", "last byte stored", "Yardstick: copy into fresh 4 KiB anonymous pages with the cell's number of threads."},
+	{"floor_tcp", "B/s", Neither, false, "first byte sent", "last byte received", "Yardstick: one bulk stream between the same two processes on the same link."},
+	{"floor_wake", "s", Neither, false, "write to a pipe", "answer read from the other", "Yardstick: ping-pong between two threads placed like daemon and workload."},
+	{"floor_rr", "s", Neither, false, "request sent", "4 KiB reply received", "Yardstick: request and reply over one TCP connection, raw sockets, placed like source and daemon."},
+	{RunMetric, "s", Neither, false, "the run begins", "its rows are made", "Closes the run; its duration. Empty where the status is not ok."},
+}
+
+// Metrics returns the table of metrics.
+func Metrics() []Metric { return append([]Metric(nil), metrics[:]...) }
+
+// MetricByName returns the definition of a metric.
+func MetricByName(name string) (Metric, bool) {
+	for _, m := range metrics {
+		if m.Name == name {
+			return m, true
+		}
+	}
+	return Metric{}, false
+}
