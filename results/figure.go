@@ -1,0 +1,117 @@
+package results
+
+import "fmt"
+
+// FigureKind is the form of a figure.
+type FigureKind string
+
+// The kinds of figures.
+const (
+	FigureLine    FigureKind = "line"    // median and its interval against x
+	FigureBar     FigureKind = "bar"     // median and its interval, a bar per x (or series)
+	FigureBox     FigureKind = "box"     // quartiles, whiskers of 1.5 interquartile ranges, outliers
+	FigureDensity FigureKind = "density" // kernel density of the runs' values
+	FigureCDF     FigureKind = "cdf"     // share of the runs at or below a value
+)
+
+// Axis is an axis of a figure: what it shows, and in which unit.
+type Axis struct {
+	Column   string  // X: the column (or params.NAME) that tells points apart; Y: the metric
+	Position string  // X only: numeric column whose median places a point, such as rtt_measured_ms; empty means Column
+	Label    string  // without unit: "First-chunk latency"
+	Unit     string  // shown: "ms", "MiB/s"; empty for a pure number or category
+	Scale    float64 // stored value x Scale = shown value (1000 for s to ms); 0 means 1
+	Log      bool
+	Category bool // X only: equally spaced, in the order of first appearance of the rows sorted by value
+}
+
+// Shown converts a stored value to the axis's unit.
+func (a Axis) Shown(v float64) float64 {
+	if a.Scale == 0 {
+		return v
+	}
+	return v * a.Scale
+}
+
+// String returns label and unit as they stand at the axis.
+func (a Axis) String() string {
+	if a.Unit == "" {
+		return a.Label
+	}
+	return fmt.Sprintf("%s (%s)", a.Label, a.Unit)
+}
+
+// FigureSeries names a series of a figure and its counterpart in the thesis.
+type FigureSeries struct {
+	Key    string // texts of the figure's key columns, joined by "/"
+	Label  string // in the legend; empty means Key
+	Thesis string // name of the series in the thesis's figure; empty where it has none
+}
+
+// FigureSpec is a figure as data: which rows it shows and how. Package plots draws it.
+type FigureSpec struct {
+	Name   string // of the figure, as in the figure column and in file names
+	Title  string
+	Kind   FigureKind
+	X, Y   Axis
+	Keys   []string       // columns (or params.NAME) that tell series apart
+	Series []FigureSeries // order, labels and colours; series that are not named follow in order of their keys
+	Thesis string         // the thesis's figure that lies beneath; empty for none
+	Note   string         // a sentence for the caption, such as what a reader must know of the method
+}
+
+// Query returns what Group needs to make the figure's series.
+func (f FigureSpec) Query() Query {
+	return Query{Metric: f.Y.Column, Keys: f.Keys, X: f.X.Column, Position: f.X.Position}
+}
+
+// Check returns an error unless the figure can be drawn: known kind, metric and
+// columns, series named once, thesis series that exist.
+func (f FigureSpec) Check() error {
+	fault := func(format string, a ...any) error {
+		return fmt.Errorf("figure %s: %w", f.Name, fmt.Errorf(format, a...))
+	}
+	switch f.Kind {
+	case FigureLine, FigureBar, FigureBox, FigureDensity, FigureCDF:
+	default:
+		return fault("no kind %q", f.Kind)
+	}
+	if f.Name == "" || f.Title == "" || f.Y.Label == "" {
+		return fault("name, title and label of y must be set")
+	}
+	if f.Kind == FigureLine && f.X.Column == "" {
+		return fault("a line needs a column for x")
+	}
+	if m, ok := MetricByName(f.Y.Column); !ok || m.Name == RunMetric {
+		return fault("no metric %q", f.Y.Column)
+	}
+	for _, c := range append([]string{f.X.Column, f.X.Position}, f.Keys...) {
+		if c == "" {
+			continue
+		}
+		if _, err := (Row{}).Get(c); err != nil {
+			return fault("%w", err)
+		}
+	}
+	theirs := map[string]bool{}
+	if f.Thesis != "" {
+		t := Thesis(f.Thesis)
+		if t == nil {
+			return fault("the thesis has no figure %q", f.Thesis)
+		}
+		for _, s := range t {
+			theirs[s.Name] = true
+		}
+	}
+	seen := map[string]bool{}
+	for _, s := range f.Series {
+		if seen[s.Key] {
+			return fault("series %q is named twice", s.Key)
+		}
+		seen[s.Key] = true
+		if s.Thesis != "" && !theirs[s.Thesis] {
+			return fault("the thesis's figure %q has no series %q", f.Thesis, s.Thesis)
+		}
+	}
+	return nil
+}
