@@ -1,0 +1,177 @@
+package chunk
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+
+	"memsync/strategies/region"
+)
+
+// PullOptions say how a Puller pulls.
+type PullOptions struct {
+	// Workers is how many requests may be in flight; 0 or less means none: Start does nothing.
+	Workers int
+	// Window is how many bytes may be in flight; at least one chunk always is.
+	// The link is filled if Window is at least its bandwidth x RTT and Workers
+	// extents make up the window. 0 means Workers extents.
+	Window int64
+	// Order is what to pull first; nil means Linear.
+	Order Order
+}
+
+// Puller copies chunks from remote to local in the background, as Prefetch,
+// many neighbouring chunks in one request. The first request is for one chunk,
+// each further one for twice as much, up to the Syncer's maxExtent: the first
+// bytes are there early, and the requests are few.
+//
+// A request that fails is tried again after a pause (10 ms, doubling to 1 s)
+// until Close; it stops nothing else.
+type Puller struct {
+	s      *Syncer
+	window *semaphore.Weighted
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	done   chan struct{}
+
+	mu      sync.Mutex
+	next    func() (Range, bool)
+	stop    func()
+	todo    Range // what is left of the range that next gave last
+	swept   bool
+	grow    int64 // chunks in the next request
+	retries atomic.Int64
+}
+
+const (
+	minBackoff = 10 * time.Millisecond
+	maxBackoff = time.Second
+)
+
+// StartPuller starts pulling all of s. It does not block.
+func StartPuller(s *Syncer, o PullOptions) *Puller {
+	if o.Order == nil {
+		o.Order = Linear
+	}
+	workers := int64(max(o.Workers, 0))
+	if o.Window <= 0 {
+		o.Window = max(workers, 1) * s.maxExtent << s.shift
+	}
+	p := &Puller{s: s, grow: 1, done: make(chan struct{}), window: semaphore.NewWeighted(max(1, o.Window>>s.shift))}
+	p.next, p.stop = iter.Pull(o.Order(s.n, s.maxExtent))
+	ctx, cancel := context.WithCancel(region.WithClass(context.Background(), region.Prefetch))
+	p.cancel = cancel
+	for range workers {
+		p.wg.Go(func() { p.work(ctx, max(1, o.Window>>s.shift)) })
+	}
+	go func() {
+		p.wg.Wait()
+		p.stop()
+		close(p.done)
+	}()
+	return p
+}
+
+// Done is closed when all has been pulled, or all workers have stopped.
+func (p *Puller) Done() <-chan struct{} { return p.done }
+
+// Retries returns how many requests failed and were tried again.
+func (p *Puller) Retries() int64 { return p.retries.Load() }
+
+// Close stops pulling, requests in flight included, and waits for the workers. It may be called twice.
+func (p *Puller) Close() {
+	p.cancel()
+	<-p.done
+}
+
+func (p *Puller) work(ctx context.Context, window int64) {
+	for {
+		n := p.size(window)
+		if p.window.Acquire(ctx, n) != nil {
+			return
+		}
+		lo, hi, stamp := p.claim(n)
+		if lo == hi {
+			p.window.Release(n)
+			return
+		}
+		again := p.fetch(ctx, lo, hi, stamp)
+		for pause := minBackoff; again && sleep(ctx, pause); pause = min(2*pause, maxBackoff) {
+			p.retries.Add(1)
+			again = p.refetch(ctx, lo, hi)
+		}
+		p.window.Release(n)
+		if ctx.Err() != nil || p.s.ctx.Err() != nil {
+			return
+		}
+	}
+}
+
+// size returns the number of chunks that the next request may have, and doubles it.
+func (p *Puller) size(window int64) int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := min(p.grow, p.s.maxExtent, window)
+	p.grow = min(2*p.grow, p.s.maxExtent)
+	return n
+}
+
+// claim takes the next at most n chunks that are remote; none where there are none left.
+func (p *Puller) claim(n int64) (lo, hi int64, stamp uint32) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for {
+		for p.todo.Lo < p.todo.Hi {
+			lo, hi, stamp = p.s.claim(p.todo.Lo, p.todo.Hi, n)
+			p.todo.Lo = hi
+			if lo < hi {
+				return lo, hi, stamp
+			}
+		}
+		r, ok := p.next()
+		if !ok {
+			if p.swept {
+				return 0, 0, 0
+			}
+			// What the order left out, or a demand request claimed and then failed to get.
+			p.swept = true
+			r = Range{0, p.s.n}
+		}
+		p.todo = Range{max(r.Lo, 0), min(r.Hi, p.s.n)}
+	}
+}
+
+// fetch reports whether the request failed and should be tried again.
+func (p *Puller) fetch(ctx context.Context, lo, hi int64, stamp uint32) (again bool) {
+	err := p.s.fetch(ctx, lo, hi, stamp)
+	return err != nil && ctx.Err() == nil && !errors.Is(err, region.ErrClosed)
+}
+
+// refetch fetches what is still remote in [lo, hi).
+func (p *Puller) refetch(ctx context.Context, lo, hi int64) (again bool) {
+	for lo < hi {
+		from, to, stamp := p.s.claim(lo, hi, hi-lo)
+		if from < to && p.fetch(ctx, from, to, stamp) {
+			again = true
+		}
+		lo = to
+	}
+	return again
+}
+
+// sleep waits and reports whether ctx is still alive.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

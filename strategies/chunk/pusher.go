@@ -1,0 +1,268 @@
+package chunk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"memsync/strategies/region"
+)
+
+// PushOptions say how a Pusher pushes.
+type PushOptions struct {
+	// Workers is how many background requests may be in flight. 0 or less means
+	// none: only Flush, Close and writers over DirtyLimit push.
+	Workers int
+	// Interval is the pause between background passes; a chunk that is written
+	// again within it is pushed once. 0 means one second.
+	Interval time.Duration
+	// SyncWorkers is how many requests Flush and Close may have in flight; it
+	// is raised to Workers. 0 means 4.
+	SyncWorkers int
+	// DirtyLimit is how many bytes may be dirty before a writer has to wait
+	// until they are pushed. 0 means any.
+	DirtyLimit int64
+}
+
+// Pusher writes the dirty chunks of a Syncer back, neighbours in one request,
+// and is the store to give to a device: a Syncer whose Flush is a barrier.
+//
+// Chunks are pushed in passes. A pass goes through the dirty set once, from the
+// first chunk to the last, and ends when all its requests have; there is one
+// pass at a time, so that no older content can overtake a newer one. A write to
+// a chunk that is being pushed makes it dirty again, for the next pass. A
+// request that fails leaves its chunks dirty.
+type Pusher struct {
+	*Syncer
+	o         PushOptions
+	pass      chan struct{} // one token: whoever has it makes a pass
+	unflushed *Set          // pushed since the remote store was last flushed
+	lost      atomic.Int64  // how often Lost was called
+	cancel    context.CancelFunc
+	done      chan struct{}
+	kick      chan struct{}
+	once      sync.Once
+	err       error // of Close
+
+	requests, bytes, failures atomic.Int64
+}
+
+var (
+	_ region.Store  = (*Pusher)(nil)
+	_ region.Viewer = (*Pusher)(nil)
+)
+
+// StartPusher starts pushing what is dirty in s, which it takes over.
+func StartPusher(s *Syncer, o PushOptions) *Pusher {
+	if o.Interval <= 0 {
+		o.Interval = time.Second
+	}
+	if o.SyncWorkers <= 0 {
+		o.SyncWorkers = 4
+	}
+	o.SyncWorkers = max(o.SyncWorkers, o.Workers)
+	ctx, cancel := context.WithCancel(context.Background())
+	p := &Pusher{Syncer: s, o: o, pass: make(chan struct{}, 1), unflushed: NewSet(s.n), cancel: cancel,
+		done: make(chan struct{}), kick: make(chan struct{}, 1)}
+	if o.Workers <= 0 {
+		close(p.done)
+		return p
+	}
+	go p.run(ctx)
+	return p
+}
+
+// Pushed returns the requests, the bytes, and how many requests failed.
+func (p *Pusher) Pushed() (requests, bytes, failures int64) {
+	return p.requests.Load(), p.bytes.Load(), p.failures.Load()
+}
+
+// Lost says that what was pushed and not yet flushed may be lost, since the
+// connection to the source was: it is dirty again. It may be called at any time.
+func (p *Pusher) Lost() {
+	p.redirty()
+	p.lost.Add(1)
+}
+
+func (p *Pusher) run(ctx context.Context) {
+	defer close(p.done)
+	pause := p.o.Interval
+	for {
+		t := time.NewTimer(pause)
+		select {
+		case <-t.C:
+		case <-p.kick:
+			t.Stop()
+		case <-ctx.Done():
+			t.Stop()
+			return
+		}
+		pause = p.o.Interval
+		if p.dirty.Count() > 0 && p.push(ctx, p.o.Workers) != nil {
+			pause = max(pause, minBackoff)
+			pause = min(2*pause, max(p.o.Interval, maxBackoff))
+		}
+	}
+}
+
+// WriteAt implements region.Store. Where more than DirtyLimit bytes are dirty
+// it waits until they are pushed; the bytes are in the cache even if that fails.
+func (p *Pusher) WriteAt(ctx context.Context, b []byte, off int64) error {
+	err := p.Syncer.WriteAt(ctx, b, off)
+	if err != nil || p.o.DirtyLimit <= 0 || p.dirty.Count()<<p.shift <= p.o.DirtyLimit/2 {
+		return err
+	}
+	select {
+	case p.kick <- struct{}{}: // in time, so that writers rarely have to wait
+	default:
+	}
+	for p.dirty.Count()<<p.shift > p.o.DirtyLimit {
+		if err := p.push(ctx, p.o.SyncWorkers); err != nil {
+			return fmt.Errorf("%d bytes are dirty, the limit is %d: %w", p.DirtyBytes(), p.o.DirtyLimit, err)
+		}
+	}
+	return nil
+}
+
+// Flush is a barrier: when it returns nil, all writes that returned before it
+// was called are at the source and the source was flushed.
+func (p *Pusher) Flush(ctx context.Context) error {
+	release, err := p.acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer release() // nothing may be pushed between the pass and the flush: it would count as flushed
+	for {
+		lost := p.lost.Load()
+		if err := p.makePass(ctx, p.o.SyncWorkers); err != nil {
+			return err
+		}
+		if err := p.remote.Flush(ctx); err != nil {
+			p.redirty()
+			return fmt.Errorf("flush the source: %w", err)
+		}
+		// If a connection was lost between the two, the flush spoke for the new one only.
+		if p.lost.Load() == lost {
+			p.unflushed.Clear(0, p.n)
+			return nil
+		}
+	}
+}
+
+// redirty makes all dirty that was pushed since the last flush.
+func (p *Pusher) redirty() {
+	for at := int64(0); ; {
+		lo, hi, ok := p.unflushed.Take(at, p.n)
+		if !ok {
+			return
+		}
+		p.dirty.Mark(lo, hi)
+		at = hi
+	}
+}
+
+// acquire waits for the right to make passes.
+func (p *Pusher) acquire(ctx context.Context) (release func(), err error) {
+	select {
+	case p.pass <- struct{}{}:
+		return func() { <-p.pass }, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait for the push under way: %w", ctx.Err())
+	case <-p.ctx.Done():
+		return nil, fmt.Errorf("push: %w", region.ErrClosed)
+	}
+}
+
+// push makes one pass with that many requests in flight.
+func (p *Pusher) push(ctx context.Context, workers int) error {
+	release, err := p.acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	return p.makePass(ctx, workers)
+}
+
+func (p *Pusher) makePass(ctx context.Context, workers int) error {
+	ctx, cancel := context.WithCancel(region.WithClass(ctx, region.Push))
+	defer cancel()
+	defer context.AfterFunc(p.ctx, cancel)()
+	var (
+		wg    sync.WaitGroup
+		mu    sync.Mutex
+		at    int64
+		first error
+	)
+	work := func() {
+		for {
+			mu.Lock()
+			lo, hi, ok := p.dirty.Next(at, p.maxExtent)
+			if first != nil || !ok {
+				mu.Unlock()
+				return
+			}
+			at = hi
+			p.pushing.Mark(lo, hi)
+			p.unflushed.Mark(lo, hi)
+			p.dirty.Clear(lo, hi) // before the bytes are read: see Set
+			mu.Unlock()
+			if err := p.pushOne(ctx, lo, hi); err != nil {
+				mu.Lock()
+				if first == nil {
+					first = err
+				}
+				mu.Unlock()
+			}
+		}
+	}
+	for range min(int64(workers), p.dirty.Count()) - 1 {
+		wg.Go(work)
+	}
+	work()
+	wg.Wait()
+	return first
+}
+
+func (p *Pusher) pushOne(ctx context.Context, lo, hi int64) error {
+	n := p.at(hi) - p.at(lo)
+	buf := p.buffer(n)
+	defer p.bufs.Put(buf)
+	// A copy, so that the transport sees bytes that do not change under it.
+	err := p.local.ReadAt(ctx, (*buf)[:n], p.at(lo))
+	if err == nil {
+		err = p.remote.WriteAt(ctx, (*buf)[:n], p.at(lo))
+	}
+	if err != nil {
+		p.failures.Add(1)
+		p.dirty.Mark(lo, hi)
+		p.pushing.Clear(lo, hi)
+		return fmt.Errorf("push chunks %d to %d, %d bytes at %d: %w", lo, hi-1, n, p.at(lo), err)
+	}
+	p.pushing.Clear(lo, hi)
+	p.requests.Add(1)
+	p.bytes.Add(n)
+	return nil
+}
+
+// Close stops background pushing, pushes what is dirty and closes the Syncer.
+// Without a deadline of its own it blocks until the source has everything:
+// use Shutdown for one. It may be called twice and returns the same error.
+func (p *Pusher) Close() error { return p.Shutdown(context.Background()) }
+
+// Shutdown is Close that gives up pushing when ctx ends.
+func (p *Pusher) Shutdown(ctx context.Context) error {
+	p.once.Do(func() {
+		p.cancel()
+		<-p.done
+		if p.dirty.Count() > 0 || p.unflushed.Count() > 0 {
+			if p.err = p.Flush(ctx); p.err != nil {
+				p.err = fmt.Errorf("%d bytes were not pushed: %w", p.DirtyBytes(), p.err)
+			}
+		}
+		p.err = errors.Join(p.err, p.Syncer.Close())
+	})
+	return p.err
+}

@@ -1,0 +1,165 @@
+package chunk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"memsync/strategies/region"
+)
+
+// Reopen is a remote store that is opened again when its peer is gone: a read
+// or write that fails with region.ErrPeerGone is tried once more on a new
+// connection (both can be repeated without harm). Flush is not: what was
+// written before it may be lost with the connection. Requests fail with the
+// error of opening as long as that fails.
+type Reopen struct {
+	open func(ctx context.Context) (region.Store, error)
+	lost func()
+	size int64
+
+	lock   chan struct{} // one token, held while opening
+	mu     sync.Mutex
+	cur    region.Store // nil while there is none
+	closed bool
+	ctx    context.Context
+	cancel context.CancelFunc
+}
+
+var _ region.Store = (*Reopen)(nil)
+
+// OpenAgain opens the store with open and returns it, ready to do so again.
+// lost, unless nil, is called after each later opening, before any request is
+// made on it.
+func OpenAgain(ctx context.Context, open func(ctx context.Context) (region.Store, error), lost func()) (*Reopen, error) {
+	cur, err := open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if lost == nil {
+		lost = func() {}
+	}
+	r := &Reopen{open: open, lost: lost, size: cur.Size(), lock: make(chan struct{}, 1), cur: cur}
+	r.ctx, r.cancel = context.WithCancel(context.Background())
+	return r, nil
+}
+
+// Size implements region.Store.
+func (r *Reopen) Size() int64 { return r.size }
+
+// ReadAt implements region.Store.
+func (r *Reopen) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return r.twice(ctx, func(s region.Store) error { return s.ReadAt(ctx, p, off) })
+}
+
+// WriteAt implements region.Store.
+func (r *Reopen) WriteAt(ctx context.Context, p []byte, off int64) error {
+	return r.twice(ctx, func(s region.Store) error { return s.WriteAt(ctx, p, off) })
+}
+
+// Flush implements region.Store.
+func (r *Reopen) Flush(ctx context.Context) error {
+	s, err := r.get(ctx)
+	if err != nil {
+		return err
+	}
+	err = s.Flush(ctx)
+	if errors.Is(err, region.ErrPeerGone) {
+		r.drop(s)
+	}
+	return err
+}
+
+func (r *Reopen) twice(ctx context.Context, do func(region.Store) error) error {
+	for attempt := 0; ; attempt++ {
+		s, err := r.get(ctx)
+		if err != nil {
+			return err
+		}
+		err = do(s)
+		if err == nil || !errors.Is(err, region.ErrPeerGone) {
+			return err
+		}
+		r.drop(s)
+		if attempt > 0 || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// drop closes s unless that was done.
+func (r *Reopen) drop(s region.Store) {
+	r.mu.Lock()
+	mine := r.cur == s
+	if mine {
+		r.cur = nil
+	}
+	r.mu.Unlock()
+	if mine {
+		_ = s.Close() // its connection is broken; nothing more to learn
+	}
+}
+
+func (r *Reopen) current() (region.Store, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed {
+		return nil, fmt.Errorf("remote region: %w", region.ErrClosed)
+	}
+	return r.cur, nil
+}
+
+// get returns the open store; one caller opens it, the others wait for that.
+func (r *Reopen) get(ctx context.Context) (region.Store, error) {
+	if s, err := r.current(); s != nil || err != nil {
+		return s, err
+	}
+	select {
+	case r.lock <- struct{}{}:
+		defer func() { <-r.lock }()
+	case <-ctx.Done():
+		return nil, fmt.Errorf("open the remote region again: %w", ctx.Err())
+	case <-r.ctx.Done():
+		return nil, fmt.Errorf("remote region: %w", region.ErrClosed)
+	}
+	if s, err := r.current(); s != nil || err != nil {
+		return s, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(r.ctx, cancel)()
+	s, err := r.open(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("open the remote region again: %w", err)
+	}
+	if s.Size() != r.size {
+		err := fmt.Errorf("the remote region has %d bytes and had %d: %w", s.Size(), r.size, region.ErrMismatch)
+		return nil, errors.Join(err, s.Close())
+	}
+	r.lost()
+	r.mu.Lock()
+	closed := r.closed
+	if !closed {
+		r.cur = s
+	}
+	r.mu.Unlock()
+	if closed {
+		return nil, errors.Join(fmt.Errorf("remote region: %w", region.ErrClosed), s.Close())
+	}
+	return s, nil
+}
+
+// Close implements region.Store.
+func (r *Reopen) Close() error {
+	r.mu.Lock()
+	s := r.cur
+	first := !r.closed
+	r.closed, r.cur = true, nil
+	r.mu.Unlock()
+	r.cancel()
+	if !first || s == nil {
+		return nil
+	}
+	return s.Close()
+}

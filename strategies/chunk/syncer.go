@@ -1,0 +1,569 @@
+package chunk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"memsync/strategies/region"
+)
+
+// State of a chunk in a Syncer.
+type State uint8
+
+// The states. Dirty and Pushing are a local chunk's; Pushing wins where both hold.
+const (
+	Remote  State = iota // only the remote store has it
+	Pulling              // asked for
+	Filling              // its bytes are being put into the cache
+	Local                // the cache has it
+	Dirty                // the cache has it and the remote store has an older one
+	Pushing              // on its way to the remote store
+)
+
+// The word of a chunk: 2 bits of State (Remote to Local), a bit that says that
+// somebody waits for it to become local, and the time when it was asked for.
+const (
+	wordState  = 3
+	wordWaited = 4
+	stampShift = 3
+	stampMask  = 1<<(32-stampShift) - 1
+	stampUnit  = 16 // log2 of ns: 65.5 us, so that the stamp wraps after 9.7 h
+)
+
+// Syncer is a local cache over a remote store: reads pull what the cache lacks,
+// writes go to the cache and make chunks dirty (Pusher writes them back).
+//
+// Reads and writes of local chunks take no lock and allocate nothing.
+// A write of a whole chunk does not pull it. A write of a part of a chunk that
+// is not local pulls it first. A pull that is overtaken by a write is dropped.
+// Nothing else may write to the remote region meanwhile: a chunk is read from
+// it once, and never again.
+//
+// A read of a chunk that was asked for already waits for it; where the request
+// is a long background one, it asks again, for that chunk alone and as Demand,
+// once that is likely to be quicker.
+//
+// The Syncer has no goroutines of its own but for such repeated requests.
+// Close closes neither store.
+type Syncer struct {
+	grid
+	remote, local region.Store
+	viewer        region.Viewer // local, where it offers views; else nil
+	words         []atomic.Uint32
+	nLocal        atomic.Int64
+	dirty         *Set
+	pushing       *Set
+	maxExtent     int64 // chunks in one request
+	start         time.Time
+	bufs          sync.Pool
+	waits         [64]waits
+
+	demandTime, prefetchTime atomic.Int64 // moving averages of a request's time, ns; 0: none yet
+	stats                    syncStats
+
+	ctx    context.Context // ends at Close
+	cancel context.CancelFunc
+	hedges sync.WaitGroup
+	mu     sync.Mutex // of closed against hedges.Add
+	closed bool
+}
+
+type syncStats struct {
+	localRequests, localBytes, demandRequests, demandBytes, prefetchRequests, prefetchBytes,
+	droppedBytes, hedges atomic.Int64
+}
+
+// waits is a shard of the chunks that somebody waits for.
+type waits struct {
+	mu sync.Mutex
+	m  map[int64]*wait
+	_  [48]byte // a cache line each
+}
+
+type wait struct {
+	done   chan struct{} // closed when the chunk leaves Pulling or Filling
+	hedged bool
+}
+
+var (
+	_ region.Store  = (*Syncer)(nil)
+	_ region.Viewer = (*Syncer)(nil)
+)
+
+// NewSyncer returns a Syncer over remote with an empty cache local of the same
+// size. chunk is in bytes, a power of two. maxExtent is the most bytes that one
+// request asks remote for, at least a chunk.
+func NewSyncer(remote, local region.Store, chunk, maxExtent int64) (*Syncer, error) {
+	g, err := newGrid(remote.Size(), chunk)
+	if err != nil {
+		return nil, err
+	}
+	if local.Size() != remote.Size() {
+		return nil, fmt.Errorf("cache of %d bytes for a region of %d: %w", local.Size(), remote.Size(), region.ErrMismatch)
+	}
+	s := &Syncer{grid: g, remote: remote, local: local, words: make([]atomic.Uint32, g.n),
+		dirty: NewSet(g.n), pushing: NewSet(g.n), maxExtent: max(1, maxExtent>>g.shift), start: time.Now()}
+	s.viewer, _ = local.(region.Viewer)
+	for i := range s.waits {
+		s.waits[i].m = map[int64]*wait{}
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s, nil
+}
+
+// State returns the state of chunk idx.
+func (s *Syncer) State(idx int64) State {
+	st := State(s.words[idx].Load() & wordState)
+	switch {
+	case st == Local && s.pushing.Has(idx):
+		return Pushing
+	case st == Local && s.dirty.Has(idx):
+		return Dirty
+	}
+	return st
+}
+
+// LocalBytes returns how many bytes the cache has, rounded up to chunks but for the region's end.
+func (s *Syncer) LocalBytes() int64 { return min(s.nLocal.Load()<<s.shift, s.size) }
+
+// DirtyBytes returns how many bytes are in chunks that wait to be pushed.
+func (s *Syncer) DirtyBytes() int64 { return min(s.dirty.Count()<<s.shift, s.size) }
+
+// Size implements region.Store.
+func (s *Syncer) Size() int64 { return s.size }
+
+// present reports whether chunks [lo, hi) are all local.
+func (s *Syncer) present(lo, hi int64) bool {
+	for i := lo; i < hi; i++ {
+		if State(s.words[i].Load()&wordState) != Local {
+			return false
+		}
+	}
+	return true
+}
+
+func (s *Syncer) check(off, n int64) error {
+	if err := region.CheckRange(off, n, s.size); err != nil {
+		return err
+	}
+	if s.ctx.Err() != nil {
+		return fmt.Errorf("syncer: %w", region.ErrClosed)
+	}
+	return nil
+}
+
+// View implements region.Viewer: it offers what is local.
+func (s *Syncer) View(off, n int64) ([]byte, bool) {
+	if s.viewer == nil || n <= 0 || s.check(off, n) != nil || !s.present(s.span(off, n)) {
+		return nil, false
+	}
+	p, ok := s.viewer.View(off, n)
+	if ok {
+		s.countLocal(n)
+	}
+	return p, ok
+}
+
+func (s *Syncer) countLocal(n int64) {
+	s.stats.localRequests.Add(1)
+	s.stats.localBytes.Add(n)
+}
+
+// ReadAt implements region.Store. Chunks that are not local are pulled, as
+// Demand, neighbours in one request.
+func (s *Syncer) ReadAt(ctx context.Context, p []byte, off int64) error {
+	n := int64(len(p))
+	if err := s.check(off, n); err != nil || n == 0 {
+		return err
+	}
+	if lo, hi := s.span(off, n); s.present(lo, hi) {
+		s.countLocal(n)
+	} else if err := s.ensure(ctx, lo, hi); err != nil {
+		return err
+	}
+	return s.local.ReadAt(ctx, p, off)
+}
+
+// WriteAt implements region.Store. It returns when the cache has the bytes.
+func (s *Syncer) WriteAt(ctx context.Context, p []byte, off int64) error {
+	n := int64(len(p))
+	if err := s.check(off, n); err != nil || n == 0 {
+		return err
+	}
+	end := off + n
+	lo, hi := s.span(off, n)
+	if s.present(lo, hi) {
+		s.countLocal(n)
+	} else if err := s.pullEdges(ctx, lo, hi, off, end); err != nil {
+		return err
+	}
+	for first := off; off < end; {
+		i, j := off>>s.shift, off>>s.shift
+		for j < hi && State(s.words[j].Load()&wordState) == Local {
+			j++
+		}
+		claimed := j == i
+		for claimed && j < hi && s.whole(j, first, end) && s.claimFill(j) {
+			j++
+		}
+		if i == j { // only partly written and not local, or another is filling it
+			if err := s.ensure(ctx, i, i+1); err != nil {
+				return err
+			}
+			continue
+		}
+		to := min(s.at(j), end)
+		err := s.local.WriteAt(ctx, p[:to-off], off)
+		// After the bytes, and before anybody can see the chunk as local and clean;
+		// on an error too, since some bytes may have changed.
+		if err == nil || !claimed {
+			s.dirty.Mark(i, j)
+		}
+		if claimed {
+			s.publish(i, j, err == nil)
+		}
+		if err != nil {
+			return fmt.Errorf("write chunk %d at %d: %w", i, off, err)
+		}
+		p, off = p[to-off:], to
+	}
+	return nil
+}
+
+// pullEdges pulls the first and the last chunk of a write together, where they
+// are not written whole.
+func (s *Syncer) pullEdges(ctx context.Context, lo, hi, off, end int64) error {
+	first := !s.whole(lo, off, end) && !s.present(lo, lo+1)
+	last := hi-1 > lo && !s.whole(hi-1, off, end) && !s.present(hi-1, hi)
+	switch {
+	case first && last && hi-lo == 2:
+		return s.ensure(ctx, lo, hi)
+	case first && last:
+		ch := make(chan error, 1)
+		go func() { ch <- s.ensure(ctx, hi-1, hi) }()
+		return errors.Join(s.ensure(ctx, lo, lo+1), <-ch)
+	case first:
+		return s.ensure(ctx, lo, lo+1)
+	case last:
+		return s.ensure(ctx, hi-1, hi)
+	}
+	return nil
+}
+
+// Flush flushes the remote store. It does not push; Pusher.Flush does both.
+func (s *Syncer) Flush(ctx context.Context) error { return s.remote.Flush(ctx) }
+
+// Close ends waiting calls and later ones with ErrClosed, and repeated requests.
+// What is dirty stays so.
+func (s *Syncer) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.cancel()
+	s.hedges.Wait()
+	return nil
+}
+
+// claim takes the first run of remote chunks in [lo, hi), at most limit long,
+// and makes it Pulling. It returns an empty run where there is none.
+func (s *Syncer) claim(lo, hi, limit int64) (from, to int64, stamp uint32) {
+	stamp = s.stamp()
+	pulling := uint32(Pulling) | stamp<<stampShift
+	for from = lo; from < hi && !s.claimOne(from, pulling); {
+		from++
+	}
+	for to = from; to < hi && to-from < limit && (to == from || s.claimOne(to, pulling)); {
+		to++
+	}
+	return from, to, stamp
+}
+
+func (s *Syncer) claimOne(idx int64, pulling uint32) bool {
+	// A remote chunk's word is 0 but for the waited bit, which cannot be set:
+	// leaving Pulling or Filling wakes and clears it.
+	return s.words[idx].Load() == 0 && s.words[idx].CompareAndSwap(0, pulling)
+}
+
+func (s *Syncer) stamp() uint32 { return uint32(time.Since(s.start)>>stampUnit) & stampMask }
+
+// claimFill makes chunk idx Filling if it is Remote or Pulling, for the caller
+// to put bytes in and publish.
+//
+// A pull may fill a chunk that went from Pulling back to Remote meanwhile
+// (another request for it failed): no write can have been to it, since a chunk
+// that was written is local for ever.
+func (s *Syncer) claimFill(idx int64) bool {
+	for w := &s.words[idx]; ; {
+		old := w.Load()
+		if State(old&wordState) > Pulling {
+			return false
+		}
+		if w.CompareAndSwap(old, uint32(Filling)|old&wordWaited) {
+			return true
+		}
+	}
+}
+
+// publish ends Filling: chunks [lo, hi) are Local, or Remote again where the cache refused them.
+func (s *Syncer) publish(lo, hi int64, ok bool) {
+	to := uint32(Remote)
+	if ok {
+		to = uint32(Local)
+		s.nLocal.Add(hi - lo)
+	}
+	for i := lo; i < hi; i++ {
+		if s.words[i].Swap(to)&wordWaited != 0 {
+			s.wake(i)
+		}
+	}
+}
+
+// release gives chunks [lo, hi) back that were claimed with stamp and are still Pulling.
+func (s *Syncer) release(lo, hi int64, stamp uint32) {
+	for i := lo; i < hi; i++ {
+		for w := &s.words[i]; ; {
+			old := w.Load()
+			if old&^wordWaited != uint32(Pulling)|stamp<<stampShift {
+				break
+			}
+			if w.CompareAndSwap(old, uint32(Remote)) {
+				if old&wordWaited != 0 {
+					s.wake(i)
+				}
+				break
+			}
+		}
+	}
+}
+
+func (s *Syncer) wake(idx int64) {
+	sh := &s.waits[idx%int64(len(s.waits))]
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	if w := sh.m[idx]; w != nil {
+		close(w.done)
+		delete(sh.m, idx)
+	}
+}
+
+// ensure returns once chunks [lo, hi) were all local, and pulls those that nobody has asked for.
+func (s *Syncer) ensure(ctx context.Context, lo, hi int64) error {
+	for !s.present(lo, hi) {
+		if err := s.pullMissing(ctx, lo, hi); err != nil {
+			return err
+		}
+		for i := lo; i < hi; i++ {
+			if err := s.await(ctx, i); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// pullMissing asks for all chunks in [lo, hi) that are remote, in parallel, and waits for those.
+func (s *Syncer) pullMissing(ctx context.Context, lo, hi int64) error {
+	type run struct {
+		lo, hi int64
+		stamp  uint32
+	}
+	var runs []run
+	for lo < hi {
+		from, to, stamp := s.claim(lo, hi, s.maxExtent)
+		if from < to {
+			runs = append(runs, run{from, to, stamp})
+		}
+		lo = to
+	}
+	if len(runs) == 0 {
+		return nil
+	}
+	errs := make(chan error, len(runs))
+	for _, r := range runs[1:] {
+		go func() { errs <- s.fetch(ctx, r.lo, r.hi, r.stamp) }()
+	}
+	err := s.fetch(ctx, runs[0].lo, runs[0].hi, runs[0].stamp)
+	for range runs[1:] {
+		err = errors.Join(err, <-errs)
+	}
+	return err
+}
+
+// fetch reads chunks [lo, hi), claimed with stamp, from the remote store and
+// fills in those that are still wanted. On an error it releases them.
+func (s *Syncer) fetch(ctx context.Context, lo, hi int64, stamp uint32) error {
+	n := s.at(hi) - s.at(lo)
+	buf := s.buffer(n)
+	defer s.bufs.Put(buf)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(s.ctx, cancel)()
+	begun := time.Now()
+	err := s.remote.ReadAt(ctx, (*buf)[:n], s.at(lo))
+	if err == nil {
+		average, requests, bytes := &s.demandTime, &s.stats.demandRequests, &s.stats.demandBytes
+		if region.ClassOf(ctx) != region.Demand {
+			average, requests, bytes = &s.prefetchTime, &s.stats.prefetchRequests, &s.stats.prefetchBytes
+		}
+		observe(average, time.Since(begun))
+		requests.Add(1)
+		bytes.Add(n)
+		err = s.fill(ctx, lo, hi, (*buf)[:n])
+	}
+	if err != nil {
+		s.release(lo, hi, stamp)
+		if s.ctx.Err() != nil {
+			err = region.ErrClosed
+		}
+		return fmt.Errorf("pull chunks %d to %d, %d bytes at %d: %w", lo, hi-1, n, s.at(lo), err)
+	}
+	return nil
+}
+
+// observe adds one measurement to a moving average of about the last 8.
+func observe(average *atomic.Int64, d time.Duration) {
+	old := average.Load()
+	if old == 0 {
+		old = int64(d)
+	}
+	average.Store(old + (int64(d)-old)/8) // a lost update between two threads does no harm
+}
+
+func (s *Syncer) buffer(n int64) *[]byte {
+	if b, ok := s.bufs.Get().(*[]byte); ok && int64(cap(*b)) >= n {
+		return b
+	}
+	b := make([]byte, max(n, s.maxExtent<<s.shift))
+	return &b
+}
+
+// fill puts the content of chunks [lo, hi) into the cache, but for chunks that are there.
+func (s *Syncer) fill(ctx context.Context, lo, hi int64, p []byte) error {
+	base := s.at(lo)
+	for i := lo; i < hi; {
+		j := i
+		for j < hi && s.claimFill(j) {
+			j++
+		}
+		if i == j {
+			s.stats.droppedBytes.Add(s.at(i+1) - s.at(i))
+			i++
+			continue
+		}
+		err := s.local.WriteAt(ctx, p[s.at(i)-base:s.at(j)-base], s.at(i))
+		s.publish(i, j, err == nil)
+		if err != nil {
+			return err
+		}
+		i = j
+	}
+	return nil
+}
+
+// await returns nil once chunk idx is neither Pulling nor Filling. It asks for
+// the chunk a second time where the first request takes long.
+func (s *Syncer) await(ctx context.Context, idx int64) error {
+	w, old := s.enqueue(idx)
+	if w == nil {
+		return nil
+	}
+	var late <-chan time.Time
+	if State(old&wordState) == Pulling {
+		t := time.NewTimer(s.patience(old >> stampShift))
+		defer t.Stop()
+		late = t.C
+	}
+	var hedge <-chan error
+	for {
+		select {
+		case <-w.done:
+			return nil
+		case <-late:
+			var stop context.CancelFunc
+			hedge, stop = s.hedge(ctx, idx, w)
+			defer stop()
+		case err := <-hedge:
+			if err != nil {
+				return err
+			}
+			hedge = nil // filled: done is closed or about to be
+		case <-ctx.Done():
+			return fmt.Errorf("wait for chunk %d at %d: %w", idx, s.at(idx), ctx.Err())
+		case <-s.ctx.Done():
+			return fmt.Errorf("wait for chunk %d at %d: %w", idx, s.at(idx), region.ErrClosed)
+		}
+	}
+}
+
+// enqueue returns the wait of chunk idx and its word, or nil if it is Local or Remote.
+func (s *Syncer) enqueue(idx int64) (*wait, uint32) {
+	sh := &s.waits[idx%int64(len(s.waits))]
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	for word := &s.words[idx]; ; {
+		old := word.Load()
+		if st := State(old & wordState); st == Local || st == Remote {
+			return nil, 0
+		}
+		if old&wordWaited == 0 && !word.CompareAndSwap(old, old|wordWaited) {
+			continue
+		}
+		w := sh.m[idx]
+		if w == nil {
+			w = &wait{done: make(chan struct{})}
+			sh.m[idx] = w
+		}
+		return w, old
+	}
+}
+
+// patience is how long to wait for a chunk that was asked for at stamp before
+// asking again. Nothing is known before the first requests are back; then: at
+// once, if the request is so young that a demand request will overtake it; else
+// well beyond the time at which it is due, since asking twice costs bytes.
+func (s *Syncer) patience(stamp uint32) time.Duration {
+	age := time.Duration((s.stamp()-stamp)&stampMask) << stampUnit
+	demand, prefetch := time.Duration(s.demandTime.Load()), time.Duration(s.prefetchTime.Load())
+	if prefetch == 0 && demand == 0 {
+		return 50 * time.Millisecond
+	}
+	due := max(prefetch, demand) - age
+	if demand > 0 && due > demand*3/2+time.Millisecond {
+		return 0
+	}
+	return 2*max(due, 0) + 2*demand + 10*time.Millisecond
+}
+
+// hedge asks for chunk idx again, once for all who wait for it. The request
+// ends when stop is called; the channel gets its result.
+func (s *Syncer) hedge(ctx context.Context, idx int64, w *wait) (<-chan error, context.CancelFunc) {
+	sh := &s.waits[idx%int64(len(s.waits))]
+	sh.mu.Lock()
+	again := w.hedged
+	w.hedged = true
+	sh.mu.Unlock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if again || s.closed {
+		return nil, func() {}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	ch := make(chan error, 1)
+	s.hedges.Add(1)
+	s.stats.hedges.Add(1)
+	go func() {
+		defer s.hedges.Done()
+		err := s.fetch(ctx, idx, idx+1, stampMask) // a stamp that releases nothing, but for once in 9.7 h
+		if err != nil {
+			sh.mu.Lock()
+			w.hedged = false
+			sh.mu.Unlock()
+		}
+		ch <- err
+	}()
+	return ch, cancel
+}
