@@ -1,0 +1,205 @@
+package netem
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Evidence is what was read back from the kernel after everything was set, for the
+// manifest of a sweep.
+type Evidence struct {
+	Shaper      Shaper      `json:"shaper"`
+	Profile     Profile     `json:"profile"`
+	Options     Options     `json:"options"`
+	Kernel      string      `json:"kernel"`
+	BDP         int64       `json:"bdp_bytes"`
+	QueueBytes  int64       `json:"queue_bytes"`
+	Source      EndEvidence `json:"source"`
+	Destination EndEvidence `json:"destination"`
+}
+
+// EndEvidence is one end of a link as the kernel reports it.
+type EndEvidence struct {
+	Device     string `json:"device"`
+	Kind       string `json:"kind"`
+	Address    string `json:"address"`
+	MTU        int    `json:"mtu_bytes"`
+	TxQueue    int    `json:"tx_queue_packets"`
+	GSOMaxSegs uint32 `json:"gso_max_segments"`
+	Qdisc      Qdisc  `json:"qdisc"`
+	// Offloads by ethtool's names: tx-checksum, scatter-gather, tso, gso, gro.
+	Offloads map[string]bool `json:"offloads"`
+	// Sysctls of the namespace, by their path below net/ipv4.
+	Sysctls map[string]string `json:"sysctls"`
+	// Congestion is the control that connections over the link use, and CongestionBy
+	// what makes them: "sysctl" or, where the kernel refuses that, "route".
+	Congestion   string `json:"congestion"`
+	CongestionBy string `json:"congestion_by"`
+}
+
+// Evidence returns what Open read back.
+func (l *Link) Evidence() Evidence { return l.evidence }
+
+const (
+	sysctlRoot     = "/proc/sys/net/ipv4/"
+	congestionName = "tcp_congestion_control"
+	maxWindow      = 1 << 30
+)
+
+func recordedSysctls() []string {
+	return []string{"tcp_rmem", "tcp_wmem", congestionName, "tcp_slow_start_after_idle", "tcp_no_metrics_save",
+		"tcp_window_scaling", "tcp_sack", "tcp_timestamps", "tcp_moderate_rcvbuf"}
+}
+
+// window is the maximum of the TCP buffers.
+func (l *Link) window() int64 {
+	floor := int64(16 << 20)
+	if l.profile.Rate == 0 {
+		floor = 64 << 20
+	}
+	// Linux keeps half of a receive buffer, or less, for payload: 4 BDP offer a window of 2.
+	return min(max(floor, 4*l.profile.BDP(), l.options.Window), maxWindow)
+}
+
+// setSysctls runs inside the namespace: /proc/sys/net shows the caller's own.
+func (l *Link) setSysctls(n *Namespace) error {
+	w := l.window()
+	for _, s := range []struct{ name, value string }{
+		{"tcp_rmem", fmt.Sprintf("4096 131072 %d", w)},
+		{"tcp_wmem", fmt.Sprintf("4096 65536 %d", w)},
+		{"tcp_slow_start_after_idle", "0"}, // a pause between runs must not change the next
+		{"tcp_no_metrics_save", "1"},       // nor what an earlier connection learnt
+	} {
+		if err := os.WriteFile(sysctlRoot+s.name, []byte(s.value), 0); err != nil {
+			return fmt.Errorf("set sysctl: %w", err)
+		}
+		got, err := sysctl(s.name)
+		if err != nil {
+			return err
+		}
+		if got != s.value {
+			return fmt.Errorf("sysctl %s: %w: is %q, asked for %q", s.name, ErrReadBack, got, s.value)
+		}
+	}
+	// No IPv6 on the link: its neighbour discovery would add packets nobody asked for.
+	err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", n.dev, "disable_ipv6"), []byte("1"), 0)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("set sysctl: %w", err)
+	}
+	return nil
+}
+
+// sysctl reads net.ipv4.name with single blanks between its fields.
+func sysctl(name string) (string, error) {
+	b, err := os.ReadFile(sysctlRoot + name)
+	if err != nil {
+		return "", fmt.Errorf("read sysctl: %w", err)
+	}
+	return strings.Join(strings.Fields(string(b)), " "), nil
+}
+
+// setCongestion makes Options.Congestion the control of the link. A namespace other
+// than the first may take only what the host allows everyone as its default (Linux
+// 5.15); a route may name any, and both ends of a connection follow it.
+func (l *Link) setCongestion(index int, n *Namespace) error {
+	want := l.options.Congestion
+	if want == "" {
+		return nil
+	}
+	sysctlErr := os.WriteFile(sysctlRoot+congestionName, []byte(want), 0)
+	if sysctlErr == nil {
+		return nil
+	}
+	routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{LinkIndex: index}, netlink.RT_FILTER_OIF)
+	if err != nil {
+		return fmt.Errorf("list routes of %s: %w", n.dev, err)
+	}
+	for _, r := range routes {
+		if r.Dst == nil || !r.Dst.Contains(l.dst.addr.AsSlice()) {
+			continue
+		}
+		r.Congctl = want
+		if err := netlink.RouteReplace(&r); err != nil {
+			available, _ := sysctl("tcp_available_congestion_control")
+			return fmt.Errorf("congestion control %q: %w: %w; as a sysctl: %w; available: %s", want, ErrNotSupported, err, sysctlErr, available)
+		}
+		return nil
+	}
+	return fmt.Errorf("congestion control %q: %w: no route over %s; as a sysctl: %w", want, ErrReadBack, n.dev, sysctlErr)
+}
+
+func (l *Link) readEvidence() error {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return fmt.Errorf("uname: %w", err)
+	}
+	l.evidence = Evidence{Shaper: l.shaper, Profile: l.profile, Options: l.options, Kernel: unix.ByteSliceToString(u.Release[:]),
+		BDP: l.profile.BDP(), QueueBytes: l.profile.Queue()}
+	for i, e := range []*EndEvidence{&l.evidence.Source, &l.evidence.Destination} {
+		n := l.ends()[i]
+		if err := n.Do(func() error { return l.readEnd(n, e) }); err != nil {
+			return fmt.Errorf("read back the %s end: %w", n.name, err)
+		}
+	}
+	return nil
+}
+
+func (l *Link) readEnd(n *Namespace, e *EndEvidence) error {
+	dev, err := netlink.LinkByName(n.dev)
+	if err != nil {
+		return fmt.Errorf("find device %s: %w", n.dev, err)
+	}
+	a := dev.Attrs()
+	*e = EndEvidence{Device: n.dev, Kind: dev.Type(), MTU: a.MTU, TxQueue: a.TxQLen, GSOMaxSegs: a.GSOMaxSegs, Sysctls: make(map[string]string)}
+	addrs, err := netlink.AddrList(dev, netlink.FAMILY_V4)
+	if err != nil {
+		return fmt.Errorf("addresses of %s: %w", n.dev, err)
+	}
+	if len(addrs) != 1 {
+		return fmt.Errorf("%s: %w: %d IPv4 addresses, set 1", n.dev, ErrReadBack, len(addrs))
+	}
+	e.Address = addrs[0].IPNet.String()
+	if e.MTU != mtu || e.TxQueue != deviceQueue {
+		return fmt.Errorf("%s: %w: MTU %d and queue %d, asked for %d and %d", n.dev, ErrReadBack, e.MTU, e.TxQueue, mtu, deviceQueue)
+	}
+	if e.Qdisc, err = rootQdisc(a.Index); err != nil {
+		return err
+	}
+	if e.Offloads, err = readOffloads(n.dev); err != nil {
+		return err
+	}
+	if l.shaper == ShaperNetem && (e.GSOMaxSegs != 1 || e.Offloads["tso"]) {
+		return fmt.Errorf("%s: %w: large segments of %s packets, tso %v; asked for 1 and off", n.dev, ErrReadBack, strconv.Itoa(int(e.GSOMaxSegs)), e.Offloads["tso"])
+	}
+	for _, name := range recordedSysctls() {
+		v, err := sysctl(name)
+		if err != nil {
+			return err
+		}
+		e.Sysctls[name] = v
+	}
+	e.Congestion, e.CongestionBy = e.Sysctls[congestionName], "sysctl"
+	if want := l.options.Congestion; want != "" && e.Congestion != want {
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{LinkIndex: a.Index}, netlink.RT_FILTER_OIF)
+		if err != nil {
+			return fmt.Errorf("list routes of %s: %w", n.dev, err)
+		}
+		for _, r := range routes {
+			if r.Congctl != "" {
+				e.Congestion, e.CongestionBy = r.Congctl, "route"
+			}
+		}
+		if e.Congestion != want {
+			return fmt.Errorf("%w: congestion control is %q, asked for %q", ErrReadBack, e.Congestion, want)
+		}
+	}
+	return nil
+}

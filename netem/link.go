@@ -1,0 +1,439 @@
+package netem
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"sync"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Shaper names what makes the delay, the loss and the rate of a link.
+type Shaper string
+
+// The shapers; the package's documentation says what each is.
+const (
+	ShaperNetem Shaper = "netem"
+	ShaperTun   Shaper = "tun"
+	ShaperSleep Shaper = "sleep"
+	ShaperNone  Shaper = "none"
+)
+
+// Shapers returns all shapers, in the order in which they are preferred.
+func Shapers() []Shaper { return []Shaper{ShaperNetem, ShaperTun, ShaperNone, ShaperSleep} }
+
+// Options tune a link beyond its Profile. The zero value is the default of each.
+type Options struct {
+	// Seed fixes loss and jitter where they are drawn here (tun) and where the kernel
+	// takes a seed (netem, Linux 6.6). Any value is one.
+	Seed uint64 `json:"seed"`
+	// Congestion is the congestion control of every TCP connection over the link, such
+	// as "bbr"; empty leaves the namespace's default (the host's).
+	Congestion string `json:"congestion,omitempty"`
+	// Window is the least maximum of the TCP buffers in bytes; the maximum is never
+	// below 4 BDP nor below 16 MiB (64 MiB where the rate is unlimited).
+	Window int64 `json:"window_bytes,omitempty"`
+}
+
+// The names and addresses at the two ends. The namespaces are private, so every
+// link has the same ones; 198.18.0.0/15 is set aside for benchmarks by RFC 2544.
+const (
+	sourceDevice      = "memsync-src"
+	destinationDevice = "memsync-dst"
+	prefixBits        = 30
+)
+
+func sourceAddr() netip.Addr      { return netip.AddrFrom4([4]byte{198, 18, 0, 1}) }
+func destinationAddr() netip.Addr { return netip.AddrFrom4([4]byte{198, 18, 0, 2}) }
+
+// Link joins two namespaces. It owns them, its devices, descriptors and threads
+// until Close. Its methods may be called concurrently.
+type Link struct {
+	shaper   Shaper
+	profile  Profile
+	options  Options
+	src, dst *Namespace
+	evidence Evidence
+
+	// tun only
+	tuns     [2]int
+	stop     int
+	forwards [2]*forwarder
+	running  sync.WaitGroup
+
+	mu     sync.Mutex // serialises SetLoss, Calibrate's settings and Close
+	closed bool
+}
+
+// Open makes a link of profile p and returns when it carries packets and all that
+// was set has been read back. It takes some milliseconds. ctx bounds Open only.
+//
+// It returns ErrInvalid for a profile, shaper or option out of range (also for
+// ShaperSleep, which has no link, and for ShaperNone with a profile that shapes),
+// ErrNotSupported and ErrNotPermitted as Probe does, and ErrReadBack where the
+// kernel took other values. What was made is gone again after an error.
+func Open(ctx context.Context, shaper Shaper, p Profile, o Options) (_ *Link, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("open %s link: %w", shaper, err)
+		}
+	}()
+	if err := p.Validate(); err != nil {
+		return nil, err
+	}
+	switch shaper {
+	case ShaperNetem, ShaperTun:
+	case ShaperNone:
+		if p.RTT != 0 || p.Jitter != 0 || p.Loss != 0 || p.Rate != 0 {
+			return nil, fmt.Errorf("%w: it shapes nothing, and the profile asks for RTT %v, jitter %v, loss %v, %d bit/s", ErrInvalid, p.RTT, p.Jitter, p.Loss, p.Rate)
+		}
+	case ShaperSleep:
+		return nil, fmt.Errorf("%w: it has no link; the pause is applied by the backend", ErrInvalid)
+	default:
+		return nil, fmt.Errorf("%w: it is none of %v", ErrInvalid, Shapers())
+	}
+	if o.Window < 0 || o.Window > maxWindow {
+		return nil, fmt.Errorf("window of %d bytes: %w: must be 0 to %d", o.Window, ErrInvalid, maxWindow)
+	}
+	l := &Link{shaper: shaper, profile: p, options: o, tuns: [2]int{-1, -1}, stop: -1}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, l.Close())
+		}
+	}()
+	if l.src, err = newNamespace("source"); err != nil {
+		return nil, err
+	}
+	if l.dst, err = newNamespace("destination"); err != nil {
+		return nil, err
+	}
+	l.src.dev, l.src.addr = sourceDevice, sourceAddr()
+	l.dst.dev, l.dst.addr = destinationDevice, destinationAddr()
+	for _, step := range []func() error{l.makeDevices, l.configure, l.shape, l.readEvidence} {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if err := step(); err != nil {
+			return nil, err
+		}
+	}
+	return l, nil
+}
+
+// ends are the two namespaces; direction i goes from ends()[i] to ends()[1-i].
+func (l *Link) ends() [2]*Namespace { return [2]*Namespace{l.src, l.dst} }
+
+func (l *Link) makeDevices() error {
+	if l.shaper != ShaperTun {
+		return l.src.Do(func() error {
+			l.dst.mu.RLock()
+			defer l.dst.mu.RUnlock()
+			return addVeth(l.dst.dev, netlink.NsFd(l.dst.fd))
+		})
+	}
+	for i, n := range l.ends() {
+		err := n.Do(func() (err error) {
+			l.tuns[i], err = openTun(n.dev)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addVeth makes the pair memsync-src and peer, the latter in another namespace (a
+// netlink.NsFd) or, where that is nil, in the calling thread's as well.
+func addVeth(peer string, in any) error {
+	v := &netlink.Veth{
+		LinkAttrs:       netlink.LinkAttrs{Name: sourceDevice, MTU: mtu, TxQLen: deviceQueue, NumTxQueues: 1, NumRxQueues: 1},
+		PeerName:        peer,
+		PeerNamespace:   in,
+		PeerMTU:         mtu,
+		PeerTxQLen:      deviceQueue,
+		PeerNumTxQueues: 1,
+		PeerNumRxQueues: 1,
+	}
+	err := netlink.LinkAdd(v)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		err = fmt.Errorf("%w: %w (modprobe veth)", ErrNotSupported, err)
+	}
+	if err != nil {
+		return fmt.Errorf("make veth pair: %w", permission(err, "needs CAP_NET_ADMIN in the namespace's user namespace"))
+	}
+	return nil
+}
+
+// deviceQueue is the length in packets of a device's own queue: what a direction's
+// thread or the peer may fall behind (4096 frames are 50 ms at 1 Gbit/s) before
+// packets are lost that no profile asked to lose.
+const deviceQueue = 4096
+
+// configure sets addresses, neighbours, routes and sysctls, and brings the devices up.
+func (l *Link) configure() error {
+	var hw [2]netlink.Link
+	for i, n := range l.ends() {
+		err := n.Do(func() (err error) {
+			hw[i], err = netlink.LinkByName(n.dev)
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("find device %s: %w", n.dev, err)
+		}
+	}
+	for i, n := range l.ends() {
+		err := n.Do(func() error { return l.configureEnd(n, l.ends()[1-i], hw[i], hw[1-i]) })
+		if err != nil {
+			return fmt.Errorf("configure the %s end: %w", n.name, err)
+		}
+	}
+	// A route can name its congestion control only once the device is up.
+	for i, n := range l.ends() {
+		if err := n.Do(func() error { return l.setCongestion(hw[i].Attrs().Index, n) }); err != nil {
+			return fmt.Errorf("configure the %s end: %w", n.name, err)
+		}
+	}
+	return nil
+}
+
+func (l *Link) configureEnd(n, peer *Namespace, dev, peerDev netlink.Link) error {
+	if err := l.setSysctls(n); err != nil {
+		return err
+	}
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo: %w", err)
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("bring lo up: %w", err)
+	}
+	if err := netlink.LinkSetTxQLen(dev, deviceQueue); err != nil {
+		return fmt.Errorf("queue length of %s: %w", n.dev, err)
+	}
+	if l.shaper == ShaperNetem {
+		// TCP makes large segments even where GSO is off (since Linux 4.17), and netem
+		// counts one as one packet: it takes the limit of segments to stop that.
+		if err := dropOffload(n.dev, "tso", "gso", "gro"); err != nil {
+			return err
+		}
+		if err := netlink.LinkSetGSOMaxSegs(dev, 1); err != nil {
+			return fmt.Errorf("limit segments of %s: %w", n.dev, err)
+		}
+	}
+	prefix := netip.PrefixFrom(n.addr, prefixBits)
+	addr, err := netlink.ParseAddr(prefix.String())
+	if err != nil {
+		return fmt.Errorf("address %s: %w", prefix, err)
+	}
+	if err := netlink.AddrAdd(dev, addr); err != nil {
+		return fmt.Errorf("add address %s to %s: %w", prefix, n.dev, err)
+	}
+	if err := netlink.LinkSetUp(dev); err != nil {
+		return fmt.Errorf("bring %s up: %w", n.dev, err)
+	}
+	if mac := peerDev.Attrs().HardwareAddr; len(mac) == 6 {
+		// Known neighbours, so that no ARP adds to a first packet or to a count.
+		neigh := &netlink.Neigh{LinkIndex: dev.Attrs().Index, State: netlink.NUD_PERMANENT, IP: peer.addr.AsSlice(), HardwareAddr: mac}
+		if err := netlink.NeighSet(neigh); err != nil {
+			return fmt.Errorf("neighbour of %s: %w", n.dev, err)
+		}
+	}
+	return nil
+}
+
+// shape applies the profile.
+func (l *Link) shape() error {
+	if l.shaper == ShaperTun {
+		return l.startForwarders()
+	}
+	for i, n := range l.ends() {
+		err := n.Do(func() error {
+			dev, err := netlink.LinkByName(n.dev)
+			if err != nil {
+				return fmt.Errorf("find device %s: %w", n.dev, err)
+			}
+			if l.shaper == ShaperNone {
+				return setPfifo(dev.Attrs().Index, 1<<16)
+			}
+			return l.applyNetem(dev.Attrs().Index, i, l.profile, false)
+		})
+		if err != nil {
+			return fmt.Errorf("shape the %s end: %w", n.name, err)
+		}
+	}
+	return nil
+}
+
+// applyNetem sets direction i and compares what the kernel then reports.
+func (l *Link) applyNetem(index, i int, p Profile, change bool) error {
+	s := netemSettings(p, l.options.Seed, uint64(i))
+	if err := setNetem(index, s, change); err != nil {
+		return err
+	}
+	q, err := rootQdisc(index)
+	if err != nil {
+		return err
+	}
+	return q.check(s)
+}
+
+func (l *Link) startForwarders() error {
+	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		return fmt.Errorf("eventfd: %w", err)
+	}
+	l.stop = stop
+	for i := range l.forwards {
+		f, err := newForwarder(l.tuns[i], l.tuns[1-i], stop, l.profile, newLine(l.profile, l.options.Seed, uint64(i)))
+		if err != nil {
+			return err
+		}
+		l.forwards[i] = f
+	}
+	for _, f := range l.forwards {
+		l.running.Go(func() {
+			// A thread of its own that may end: not the first one of the process.
+			done := make(chan struct{})
+			locked(func() bool { defer close(done); f.run(); return false })
+			<-done
+		})
+	}
+	return nil
+}
+
+// SetLoss changes the loss of both directions, 0..1, from the next packet on; 1 cuts
+// the link. It returns ErrInvalid, ErrClosed, and ErrInvalid on an unshaped link.
+func (l *Link) SetLoss(loss float64) error {
+	p := l.profile
+	p.Loss = loss
+	if err := p.Validate(); err != nil {
+		return err
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.setLoss(p)
+}
+
+func (l *Link) setLoss(p Profile) error {
+	switch {
+	case l.closed:
+		return fmt.Errorf("set loss: %w", ErrClosed)
+	case l.shaper == ShaperTun:
+		for _, f := range l.forwards {
+			f.line.setLoss(p.Loss)
+		}
+		return nil
+	case l.shaper == ShaperNetem:
+		for i, n := range l.ends() {
+			err := n.Do(func() error {
+				dev, err := netlink.LinkByName(n.dev)
+				if err != nil {
+					return err
+				}
+				return l.applyNetem(dev.Attrs().Index, i, p, true)
+			})
+			if err != nil {
+				return fmt.Errorf("set loss of the %s end to %v: %w", n.name, p.Loss, err)
+			}
+		}
+		return nil
+	}
+	return fmt.Errorf("set loss: %w: a link of shaper %s has none", ErrInvalid, l.shaper)
+}
+
+// Source is the namespace of the host that has the data.
+func (l *Link) Source() *Namespace { return l.src }
+
+// Destination is the namespace of the host that wants the data.
+func (l *Link) Destination() *Namespace { return l.dst }
+
+// Shaper tells what shapes the link.
+func (l *Link) Shaper() Shaper { return l.shaper }
+
+// Profile is what was asked for. What the link does is Calibrate's answer.
+func (l *Link) Profile() Profile { return l.profile }
+
+// Counters counts what went over the link since Open.
+type Counters struct {
+	// SourceTx left the source for the destination, DestinationTx the reverse.
+	SourceTx      Traffic `json:"source_tx"`
+	DestinationTx Traffic `json:"destination_tx"`
+}
+
+// Traffic is one direction: packets and L3 bytes, as segmented to the MTU, that came
+// through the shaper. Dropped packets are in Dropped only: lost by the profile, or
+// more than the queue held. Packets still under way are in neither.
+type Traffic struct {
+	Packets int64 `json:"packets"`
+	Bytes   int64 `json:"bytes"`
+	Dropped int64 `json:"dropped_packets"`
+}
+
+// Counters reads the counters of both directions.
+func (l *Link) Counters() (Counters, error) {
+	var t [2]Traffic
+	for i, n := range l.ends() {
+		if l.shaper == ShaperTun {
+			f := l.forwards[i]
+			t[i] = Traffic{f.packets.Load(), f.bytes.Load(), f.lost.Load() + f.over.Load() + f.wrong.Load()}
+		}
+		err := n.Do(func() error {
+			dev, err := netlink.LinkByName(n.dev)
+			if err != nil {
+				return err
+			}
+			if l.shaper == ShaperTun {
+				if s := dev.Attrs().Statistics; s != nil {
+					t[i].Dropped += int64(s.TxDropped) // more than the device's own queue held
+				}
+				return nil
+			}
+			q, err := rootQdisc(dev.Attrs().Index)
+			t[i] = Traffic{q.packets, q.bytes - l2Header*q.packets, q.drops}
+			return err
+		})
+		if err != nil {
+			return Counters{}, fmt.Errorf("read counters of the %s end: %w", n.name, err)
+		}
+	}
+	return Counters{SourceTx: t[0], DestinationTx: t[1]}, nil
+}
+
+// Close ends the link: its threads, devices and namespaces. It waits for our threads,
+// not for the kernel, which removes the namespaces soon after (or when the last
+// process and socket inside ends). Connections over the link stop carrying data
+// without being closed. Close may be called more than once and concurrently.
+func (l *Link) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return nil
+	}
+	l.closed = true
+	var errs []error
+	if l.stop >= 0 {
+		one := [8]byte{1, 1, 1, 1, 1, 1, 1, 1} // any number but 0 wakes
+		if _, err := unix.Write(l.stop, one[:]); err != nil {
+			errs = append(errs, fmt.Errorf("stop forwarding: %w", err))
+		}
+		l.running.Wait()
+		errs = append(errs, os.NewSyscallError("close", unix.Close(l.stop)))
+	}
+	for i, fd := range l.tuns {
+		if fd >= 0 {
+			errs = append(errs, os.NewSyscallError("close", unix.Close(fd)))
+			l.tuns[i] = -1
+		}
+	}
+	for _, n := range l.ends() {
+		if n != nil {
+			errs = append(errs, n.close())
+		}
+	}
+	return errors.Join(errs...)
+}
