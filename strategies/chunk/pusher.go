@@ -128,7 +128,8 @@ func (p *Pusher) WriteAt(ctx context.Context, b []byte, off int64) error {
 }
 
 // Flush is a barrier: when it returns nil, all writes that returned before it
-// was called are at the source and the source was flushed.
+// was called are at the source and the source was flushed. It costs nothing
+// where nothing was written since the last one.
 func (p *Pusher) Flush(ctx context.Context) error {
 	release, err := p.acquire(ctx)
 	if err != nil {
@@ -137,6 +138,9 @@ func (p *Pusher) Flush(ctx context.Context) error {
 	defer release() // nothing may be pushed between the pass and the flush: it would count as flushed
 	for {
 		lost := p.lost.Load()
+		if p.clean() {
+			return nil
+		}
 		if err := p.makePass(ctx, p.o.SyncWorkers); err != nil {
 			return err
 		}
@@ -152,14 +156,23 @@ func (p *Pusher) Flush(ctx context.Context) error {
 	}
 }
 
+// clean reports whether the source has everything, flushed. It looks at the
+// bits, since a count may lag behind them.
+func (p *Pusher) clean() bool {
+	_, _, dirty := p.dirty.Next(0, 1)
+	_, _, unflushed := p.unflushed.Next(0, 1)
+	return !dirty && !unflushed
+}
+
 // redirty makes all dirty that was pushed since the last flush.
 func (p *Pusher) redirty() {
 	for at := int64(0); ; {
-		lo, hi, ok := p.unflushed.Take(at, p.n)
+		lo, hi, ok := p.unflushed.Next(at, p.n)
 		if !ok {
 			return
 		}
-		p.dirty.Mark(lo, hi)
+		p.dirty.Mark(lo, hi) // first, so that Flush sees them in one set or the other
+		p.unflushed.Clear(lo, hi)
 		at = hi
 	}
 }
@@ -257,10 +270,8 @@ func (p *Pusher) Shutdown(ctx context.Context) error {
 	p.once.Do(func() {
 		p.cancel()
 		<-p.done
-		if p.dirty.Count() > 0 || p.unflushed.Count() > 0 {
-			if p.err = p.Flush(ctx); p.err != nil {
-				p.err = fmt.Errorf("%d bytes were not pushed: %w", p.DirtyBytes(), p.err)
-			}
+		if p.err = p.Flush(ctx); p.err != nil {
+			p.err = fmt.Errorf("%d bytes were not pushed: %w", p.DirtyBytes(), p.err)
 		}
 		p.err = errors.Join(p.err, p.Syncer.Close())
 	})

@@ -365,6 +365,40 @@ func (s *Syncer) ensure(ctx context.Context, lo, hi int64) error {
 	return nil
 }
 
+// Pull returns once [off, off+n) was local, and asks for what is missing, as the
+// class of ctx, a few requests at a time. It returns the first error.
+func (s *Syncer) Pull(ctx context.Context, off, n int64) error {
+	if err := s.check(off, n); err != nil || n == 0 {
+		return err
+	}
+	const requests = 8
+	lo, hi := s.span(off, n)
+	for ; lo < hi; lo += requests * s.maxExtent {
+		if err := s.ensure(ctx, lo, min(lo+requests*s.maxExtent, hi)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Stats are counts since NewSyncer. Bytes are those of requests without an error.
+type Stats struct {
+	LocalRequests, LocalBytes       int64 // reads, views and writes of local chunks
+	DemandRequests, DemandBytes     int64 // pulled for somebody who waits
+	PrefetchRequests, PrefetchBytes int64 // pulled otherwise
+	DroppedBytes                    int64 // pulled, but written or pulled by another meanwhile
+	Repeated                        int64 // requests made again because the first took long
+}
+
+// Stats returns the counts so far.
+func (s *Syncer) Stats() Stats {
+	c := &s.stats
+	return Stats{LocalRequests: c.localRequests.Load(), LocalBytes: c.localBytes.Load(),
+		DemandRequests: c.demandRequests.Load(), DemandBytes: c.demandBytes.Load(),
+		PrefetchRequests: c.prefetchRequests.Load(), PrefetchBytes: c.prefetchBytes.Load(),
+		DroppedBytes: c.droppedBytes.Load(), Repeated: c.hedges.Load()}
+}
+
 // pullMissing asks for all chunks in [lo, hi) that are remote, in parallel, and waits for those.
 func (s *Syncer) pullMissing(ctx context.Context, lo, hi int64) error {
 	type run struct {

@@ -1,0 +1,212 @@
+// Package managed is the strategy managed-mount: a local device in front of a
+// local cache, which is pulled and pushed in the background.
+package managed
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"memsync/strategies"
+	"memsync/strategies/chunk"
+	"memsync/strategies/device"
+	"memsync/strategies/param"
+	"memsync/strategies/region"
+	"memsync/strategies/transport"
+)
+
+// Strategy is managed-mount.
+type Strategy struct{}
+
+var _ strategies.Strategy = Strategy{}
+
+// closeTimeout bounds a Close whose context has no deadline.
+const closeTimeout = time.Minute
+
+func params() []param.Spec {
+	return []param.Spec{
+		{Name: "order", Kind: param.KindEnum, Default: "linear", Values: chunk.OrderNames(), Doc: "order of background pulls"},
+		{Name: "pull_first", Kind: param.KindSize, Default: "0", Doc: "bytes at the region's start that are local before the device is opened"},
+		{Name: "extent", Kind: param.KindSize, Default: "512KiB", Min: 4096, Max: 32 << 20, Doc: "most bytes in one request, pull or push"},
+		{Name: "window", Kind: param.KindSize, Default: "8MiB", Doc: "bytes of background pulls in flight; at least bandwidth x RTT fills the link; 0 is pull workers x extent"},
+		{Name: "push_interval", Kind: param.KindDuration, Default: "1s", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "pause between background pushes"},
+		{Name: "dirty_limit", Kind: param.KindSize, Default: "256MiB", Doc: "bytes that may wait to be pushed before a writer has to; 0 is any"},
+		{Name: "cache_kind", Kind: param.KindEnum, Default: "memory", Values: []string{"memory", "file"}, Doc: "where local chunks are kept"},
+	}
+}
+
+// Info describes the strategy.
+func (Strategy) Info() strategies.Info {
+	devices := []string{"fuse", "nbd", "ublk"}
+	return strategies.Info{
+		Name:         "managed-mount",
+		Doc:          "local device on a local cache, with background pull and push",
+		Capabilities: []strategies.Capability{strategies.Reads, strategies.Writes, strategies.Prefetch},
+		Devices:      devices,
+		Params:       append(params(), device.Params(devices...)...),
+		DefaultChunk: 64 << 10,
+		PullWorkers:  16, // x extent is the window
+		PushWorkers:  4,
+		Consistency: "One writing host: each chunk is read from the source once and is the mount's own from then on. " +
+			"Readers of the device see its writers at once (one page cache, one cache). " +
+			"Writes are pushed in the background, a chunk at a time and in no particular order, so that the source is consistent only after " +
+			"Sync or Close: all that the workload wrote back (msync, fsync) before is at the source then. " +
+			"Changes at the source after the mount may or may not be seen.",
+	}
+}
+
+// Serve hands the connection to the transport: the source only reads and writes.
+func (Strategy) Serve(ctx context.Context, t transport.Transport, conn net.Conn, e transport.Exports, _ param.Values) error {
+	return t.Serve(ctx, conn, e)
+}
+
+// Mount opens the remote region, starts to pull it, and opens a device on the
+// cache. The remote region is opened again when its connection is lost.
+func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Options) (_ strategies.Mount, err error) {
+	p := o.Params
+	if err := region.CheckChunk(o.Chunk); err != nil {
+		return nil, err
+	}
+	m := &mount{readOnly: o.ReadOnly, closed: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.Close(ctx))
+		}
+	}()
+	m.remote, err = chunk.OpenAgain(ctx, r.Open, func() { m.pusher.Lost() })
+	if err != nil {
+		return nil, fmt.Errorf("open the remote region: %w", err)
+	}
+	size := m.remote.Size()
+	if m.cache, err = openCache(p.Text("cache_kind"), o.Dir, size); err != nil {
+		return nil, err
+	}
+	extent, window := max(p.Size("extent"), o.Chunk), p.Size("window")
+	syncer, err := chunk.NewSyncer(m.remote, m.cache, o.Chunk, extent)
+	if err != nil {
+		return nil, err
+	}
+	order, err := chunk.OrderByName(p.Text("order"), 1)
+	if err != nil {
+		return nil, err
+	}
+	m.pusher = chunk.StartPusher(syncer, chunk.PushOptions{
+		Workers: o.PushWorkers, Interval: p.Duration("push_interval"), DirtyLimit: p.Size("dirty_limit"),
+		SyncWorkers: int(max(1, min(window/extent, 64))),
+	})
+	first := min(p.Size("pull_first"), size)
+	m.puller = chunk.StartPuller(syncer, chunk.PullOptions{
+		Workers: o.PullWorkers, Window: window, Order: chunk.FirstThen(region.Chunks(first, o.Chunk), order),
+	})
+	if err := m.pusher.Pull(region.WithClass(ctx, region.Prefetch), 0, first); err != nil {
+		return nil, fmt.Errorf("pull the first %d bytes: %w", first, err)
+	}
+	m.dev, err = device.Open(ctx, o.Device, m.pusher, device.Options{Dir: o.Dir, ReadOnly: o.ReadOnly, Params: p})
+	if err != nil {
+		return nil, err
+	}
+	m.preemptive = m.pusher.LocalBytes()
+	return m, nil
+}
+
+func openCache(kind, dir string, size int64) (region.Store, error) {
+	if kind == "file" {
+		f, err := chunk.NewFile(dir, size)
+		if err != nil {
+			return nil, err
+		}
+		return f, nil
+	}
+	m, err := chunk.NewMemory(size)
+	if err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+type mount struct {
+	remote     *chunk.Reopen
+	cache      region.Store
+	pusher     *chunk.Pusher // with the syncer in it
+	puller     *chunk.Puller
+	dev        device.Device
+	readOnly   bool
+	preemptive int64
+
+	closing  sync.Once
+	closed   chan struct{}
+	closeErr error
+}
+
+func (m *mount) Attachment() strategies.Attachment {
+	return strategies.Attachment{Kind: strategies.AttachPath, Path: m.dev.Path(), Size: m.remote.Size(), ReadOnly: m.readOnly}
+}
+
+// Sync pushes what is dirty and flushes the source. It does not write the page
+// cache back: that would be an fsync of our own mount. The workload does it first.
+func (m *mount) Sync(ctx context.Context) error {
+	if m.readOnly {
+		return nil
+	}
+	return m.pusher.Flush(ctx)
+}
+
+func (m *mount) Stats() strategies.Stats {
+	s, d := m.pusher.Stats(), m.dev.Stats()
+	requests, bytes, failures := m.pusher.Pushed()
+	return strategies.Stats{
+		DemandRequests: s.DemandRequests, DemandBytes: s.DemandBytes,
+		PrefetchRequests: s.PrefetchRequests, PrefetchBytes: s.PrefetchBytes,
+		PushRequests: requests, PushBytes: bytes,
+		LocalRequests: s.LocalRequests, LocalBytes: s.LocalBytes,
+		PreemptiveBytes: m.preemptive,
+		Extra: map[string]int64{
+			"local_bytes": m.pusher.LocalBytes(), "dirty_bytes": m.pusher.DirtyBytes(),
+			"dropped_pull_bytes": s.DroppedBytes, "repeated_requests": s.Repeated,
+			"pull_retries": m.puller.Retries(), "push_failures": failures,
+			"device_reads": d.ReadRequests, "device_writes": d.WriteRequests, "device_flushes": d.Flushes, "device_errors": d.Errors,
+		},
+	}
+}
+
+// Close stops pulling, removes the device, which writes back what the kernel
+// has, pushes what is dirty and disconnects. Where ctx has no deadline it gets
+// one of a minute.
+func (m *mount) Close(ctx context.Context) error {
+	m.closing.Do(func() {
+		defer close(m.closed)
+		if _, ok := ctx.Deadline(); !ok {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, closeTimeout)
+			defer cancel()
+		}
+		m.closeErr = m.close(ctx)
+	})
+	<-m.closed
+	return m.closeErr
+}
+
+// close undoes what Mount has done so far.
+func (m *mount) close(ctx context.Context) (err error) {
+	if m.puller != nil {
+		m.puller.Close()
+	}
+	if m.dev != nil {
+		if err = m.dev.Close(ctx); err != nil {
+			err = errors.Join(err, m.dev.Err())
+		}
+	}
+	if m.pusher != nil {
+		err = errors.Join(err, m.pusher.Shutdown(ctx))
+	}
+	if m.remote != nil {
+		err = errors.Join(err, m.remote.Close())
+	}
+	if m.cache != nil {
+		err = errors.Join(err, m.cache.Close())
+	}
+	return err
+}
