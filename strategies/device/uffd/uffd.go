@@ -7,7 +7,6 @@
 package uffd
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"unsafe"
@@ -194,6 +193,3 @@ func Unregister(f *os.File, base uintptr, length int64) error {
 	}
 	return nil
 }
-
-// errBadFill reports an ioctl that claims success but moved nothing.
-var errBadFill = errors.New("the kernel made no progress")

@@ -1,0 +1,509 @@
+package uffd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"memsync/strategies/region"
+)
+
+// Prefetch says what a Server pulls before it is asked for.
+type Prefetch uint8
+
+// PrefetchNone: nothing. PrefetchSequential: ahead of readers that go forward,
+// in batches that grow from twice FaultAround to Window. PrefetchAll: the whole
+// region in order, from the start on.
+const (
+	PrefetchNone Prefetch = iota
+	PrefetchSequential
+	PrefetchAll
+)
+
+// Options of a Server. Sizes are bytes.
+type Options struct {
+	PageSize    int64         // of the mapping, a power of two; 0 means the MMU's
+	FaultAround int64         // a fault fills the aligned block of this size; a multiple of PageSize; 0 means PageSize
+	Handlers    int           // threads that answer faults; 0 means 1
+	Poll        time.Duration // a handler looks for the next fault this long before it sleeps; it burns a CPU meanwhile
+	Deadline    time.Duration // of each read of the store, 12 % late at most; 0 means 30 s
+	Prefetch    Prefetch
+	Window      int64    // most bytes ahead of a sequential reader; 0 means 4 MiB
+	Extent      int64    // of one background pull; a multiple of PageSize; 0 means 256 KiB (2 MiB where the store is a region.Viewer)
+	Copiers     int      // background pulls in flight; 0 means 16 (2 where the store is a region.Viewer)
+	Memfd       *os.File // not nil: fill by writing this file and UFFDIO_CONTINUE; stays the caller's
+}
+
+// Stats of a Server: counts and bytes since it was started.
+type Stats struct {
+	Faults                    int64 // events read
+	Coalesced                 int64 // of these, answered by a fill that was under way
+	Trips                     int64 // of these, on a page held back to pace the prefetch
+	Fills, FillBytes          int64 // for faults
+	Prefetches, PrefetchBytes int64 // in the background
+	Errors                    int64 // reads of the store that failed
+	Resident                  int64 // bytes filled so far
+}
+
+// Server answers the page faults of another process's mapping from a
+// region.Store. Use Serve to make one; all methods may be called concurrently.
+type Server struct {
+	uffd   *os.File
+	fd     int
+	base   uintptr
+	size   int64 // of the store
+	length int64 // of the mapping
+	page   int64
+	o      Options
+	store  region.Store
+	viewer region.Viewer // nil where the store has none
+
+	ctx      context.Context // ends with Close
+	cancel   context.CancelFunc
+	stopping atomic.Bool
+	handlers []*worker
+	threads  sync.WaitGroup // handlers, copiers and the watchdog
+	closing  sync.Once
+
+	faults, coalesced, trips, errs           atomic.Int64
+	fills, fillBytes, pulls, pullBytes, live atomic.Int64
+
+	mu      sync.Mutex
+	work    sync.Cond // of mu: there are jobs, or the end
+	busy    bitmap    // pages that somebody is filling
+	filled  bitmap    // pages that were filled
+	suspect bitmap    // filled pages on which a fault was seen since
+	jobs    []job     // ring
+	jobHead int
+	jobLen  int
+	cursor  int64 // PrefetchAll: next offset to pull
+	streams [8]stream
+	clock   uint64
+	err     error // first error
+	closed  error // what Close returned
+}
+
+// worker is what one handler or copier owns: everything is allocated once.
+type worker struct {
+	lease lease
+	buf   []byte
+	tid   atomic.Int64
+	done  chan struct{}
+}
+
+type job struct {
+	lo, hi int64
+	stream int // whose trip page is at lo, or -1
+}
+
+// stream is a reader that goes forward. The first page of its newest batch, the
+// trip page, is pulled but not filled: the fault that it causes says that the
+// reader has come so far, and the next batch is pulled. (The kernel's page
+// cache marks a page, PG_readahead, to the same end.)
+type stream struct {
+	next   int64 // where the next fault of a sequential reader falls
+	from   int64 // start of the newest two batches; faults in [from, ahead) are of this stream
+	ahead  int64 // end of the newest batch
+	window int64 // size of the newest batch; 0 for a stream of one fault
+	used   uint64
+	trip   int64 // offset of the trip page, -1 for none
+	held   bool  // its content is in page
+	page   []byte
+}
+
+// Serve answers the faults of the mapping at base, which its process registered
+// with uffd for missing (and, with Memfd, minor) faults, until Close. The
+// mapping is store.Size() long, rounded up to pages; what exceeds the store
+// reads as zeroes. Serve takes uffd over, also where it fails.
+// It starts Handlers locked threads, which read the store themselves, and for
+// a prefetch Copiers goroutines; the store must stand concurrent reads. With
+// Viewer, bytes go from the store to the process without a copy in between.
+//
+// A page whose read fails or exceeds the deadline raises SIGBUS in the process
+// that touches it (UFFDIO_POISON, Linux 6.6), with all of its block.
+// The caller must not have the region mapped (docs/deadlocks.md, case 1).
+// Errors: region.ErrOutOfRange for wrong sizes, or the system call's.
+func Serve(uffd *os.File, base uintptr, store region.Store, o Options) (*Server, error) {
+	s := &Server{uffd: uffd, fd: int(uffd.Fd()), base: base, size: store.Size(), store: store, o: o}
+	if err := s.start(); err != nil {
+		return nil, errors.Join(fmt.Errorf("serve faults of %d bytes: %w", store.Size(), err), s.Close())
+	}
+	return s, nil
+}
+
+func (s *Server) start() error {
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.work.L = &s.mu
+	o := &s.o
+	if v, ok := s.store.(region.Viewer); ok && s.size > 0 {
+		if _, ok := v.View(0, 1); ok {
+			s.viewer = v
+		}
+	}
+	local := s.viewer != nil
+	s.page = or(o.PageSize, region.PageSize())
+	o.FaultAround = or(o.FaultAround, s.page)
+	o.Handlers = or(o.Handlers, 1)
+	o.Deadline = or(o.Deadline, 30*time.Second)
+	o.Window = or(o.Window, 4<<20)
+	o.Extent = max(s.page, or(o.Extent, pick(local, int64(2<<20), 256<<10)))
+	o.Copiers = or(o.Copiers, pick(local, 2, 16))
+	s.length = region.RoundUp(s.size, s.page)
+	if err := region.CheckChunk(s.page); err != nil {
+		return err
+	}
+	if s.size <= 0 || s.base%uintptr(s.page) != 0 || o.FaultAround%s.page != 0 || o.Extent%s.page != 0 ||
+		min(o.FaultAround, o.Extent, o.Window) < 0 || min(o.Handlers, o.Copiers) < 0 {
+		return fmt.Errorf("page %d, fault-around %d, extent %d, window %d, %d handlers, %d copiers: %w",
+			s.page, o.FaultAround, o.Extent, o.Window, o.Handlers, o.Copiers, region.ErrOutOfRange)
+	}
+	if err := unix.SetNonblock(s.fd, false); err != nil {
+		return os.NewSyscallError("fcntl", err)
+	}
+	pages := s.length / s.page
+	s.busy, s.filled, s.suspect = newBitmap(pages), newBitmap(pages), newBitmap(pages)
+	for i := range s.streams {
+		s.streams[i] = stream{next: -1, trip: -1}
+		if o.Prefetch == PrefetchSequential && !local {
+			s.streams[i].page = make([]byte, s.page)
+		}
+	}
+	s.streams[0].next = 0 // a reader that starts at the start is sequential at once
+	if o.Prefetch == PrefetchSequential {
+		s.jobs = make([]job, len(s.streams)*int(o.Window/o.Extent+2))
+	}
+	var workers []*worker
+	copiers := o.Copiers
+	if o.Prefetch == PrefetchNone {
+		copiers = 0
+	}
+	for i := range o.Handlers + copiers {
+		w, err := s.newWorker(i < o.Handlers)
+		if err != nil {
+			for _, w := range workers {
+				_ = unix.Munmap(w.buf)
+			}
+			return err
+		}
+		workers = append(workers, w)
+	}
+	s.handlers = workers[:o.Handlers]
+	for i, w := range workers {
+		if i < o.Handlers {
+			s.threads.Go(func() { s.handle(w) })
+		} else {
+			s.threads.Go(func() { s.pull(w) })
+		}
+	}
+	s.threads.Go(func() { s.watch(workers) })
+	return nil
+}
+
+func or[T comparable](v, standard T) T {
+	var zero T
+	if v == zero {
+		return standard
+	}
+	return v
+}
+
+func pick[T any](c bool, a, b T) T {
+	if c {
+		return a
+	}
+	return b
+}
+
+func (s *Server) newWorker(handler bool) (*worker, error) {
+	class, buf := region.Prefetch, s.o.Extent
+	if handler {
+		class, buf = region.Demand, s.o.FaultAround
+	}
+	// Outside the Go heap: page-aligned, and no page of it is ever missing.
+	mem, err := unix.Mmap(-1, 0, int(region.RoundUp(buf, region.PageSize())), unix.PROT_READ|unix.PROT_WRITE,
+		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	if err != nil {
+		return nil, os.NewSyscallError("mmap", err)
+	}
+	w := &worker{buf: mem, done: make(chan struct{})}
+	w.lease.init(region.WithClass(s.ctx, class), s.o.Deadline)
+	return w, nil
+}
+
+// handle reads and answers faults on a thread of its own until Close.
+// The read blocks: a netpoller between fault and answer costs two more wake-ups.
+func (s *Server) handle(w *worker) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	defer close(w.done)
+	w.tid.Store(int64(unix.Gettid()))
+	defer unix.Munmap(w.buf)
+	var msg Msg
+	for !s.stopping.Load() {
+		switch e := s.nextEvent(&msg); e {
+		case 0:
+			if msg.Event == UFFD_EVENT_PAGEFAULT {
+				s.fault(w, &msg)
+			}
+		case unix.EAGAIN, unix.EINTR: // Close made it non-blocking; or a signal came
+		default:
+			// Nobody would answer any more: rather errors than a hang.
+			s.fail(fmt.Errorf("read userfaultfd: %w", e))
+			if _, err := poison(s.fd, s.base, s.length, s.page); err != nil {
+				s.fail(err)
+			}
+			return
+		}
+	}
+}
+
+const rwfNowait = 8 // RWF_NOWAIT
+
+func (s *Server) nextEvent(msg *Msg) unix.Errno {
+	if s.o.Poll > 0 {
+		iov := unix.Iovec{Base: (*byte)(unsafe.Pointer(msg)), Len: uint64(unsafe.Sizeof(*msg))}
+		for end := time.Now().Add(s.o.Poll); ; {
+			// Offset -1: like read(2). EOPNOTSUPP before Linux 6.10: no polling.
+			_, _, e := unix.RawSyscall6(unix.SYS_PREADV2, uintptr(s.fd), uintptr(unsafe.Pointer(&iov)), 1, ^uintptr(0), ^uintptr(0), rwfNowait)
+			if e != unix.EAGAIN && e != unix.EOPNOTSUPP {
+				return e
+			}
+			if e == unix.EOPNOTSUPP || s.stopping.Load() || time.Now().After(end) {
+				break
+			}
+		}
+	}
+	n, _, e := unix.Syscall(unix.SYS_READ, uintptr(s.fd), uintptr(unsafe.Pointer(msg)), unsafe.Sizeof(*msg))
+	if e == 0 && n != unsafe.Sizeof(*msg) {
+		e = unix.EIO
+	}
+	return e
+}
+
+// fault answers one event.
+func (s *Server) fault(w *worker, msg *Msg) {
+	s.faults.Add(1)
+	off := int64(uintptr(msg.Address)-s.base) &^ (s.page - 1)
+	if off < 0 || off >= s.length {
+		s.fail(fmt.Errorf("fault at %#x outside of the mapping at %#x: %w", msg.Address, s.base, region.ErrOutOfRange))
+		return
+	}
+	lo := off - off%s.o.FaultAround
+	hi := min(lo+s.o.FaultAround, s.length)
+
+	s.mu.Lock()
+	more := false
+	var held []byte
+	if s.o.Prefetch == PrefetchSequential {
+		more, held = s.follow(w, off, lo, hi)
+	}
+	page := off / s.page
+	switch {
+	case s.busy.get(page): // its fill wakes this waiter too
+		s.mu.Unlock()
+		s.coalesced.Add(1)
+	case s.filled.get(page) && s.suspect.set(page, page+1, true) == 1:
+		// The event was read after the fill that woke its thread, or the thread gave
+		// the page back (MADV_DONTNEED). Then it faults again.
+		s.mu.Unlock()
+		s.coalesced.Add(1)
+		Wake(s.fd, s.base+uintptr(off), s.page)
+	default:
+		if held != nil || s.filled.get(page) {
+			lo, hi = off, off+s.page // only this page is known to be wanted
+		} else {
+			lo, hi = s.around(off, lo, hi)
+		}
+		s.busy.set(lo/s.page, hi/s.page, true)
+		s.suspect.set(page, page+1, false)
+		s.mu.Unlock()
+		s.demand(w, lo, hi, held)
+	}
+	if more {
+		s.work.Broadcast()
+	}
+}
+
+func (s *Server) demand(w *worker, lo, hi int64, held []byte) {
+	data, err := held, error(nil)
+	if data == nil {
+		data, err = s.read(w, lo, hi)
+	}
+	if err == nil {
+		s.fills.Add(1)
+		s.fillBytes.Add(hi - lo)
+		err = s.fill(lo, data)
+	}
+	s.release(lo, hi, err == nil)
+	if err != nil {
+		s.fail(err)
+		if _, err := poison(s.fd, s.base+uintptr(lo), hi-lo, s.page); err != nil {
+			s.fail(err)
+		}
+	}
+}
+
+// around returns the widest run of pages within [lo, hi) that holds off and
+// nothing that is filled or being filled. mu is held.
+func (s *Server) around(off, lo, hi int64) (int64, int64) {
+	free := func(off int64) bool { return !s.busy.get(off/s.page) && !s.filled.get(off/s.page) }
+	a, b := off, off+s.page
+	for a > lo && free(a-s.page) {
+		a -= s.page
+	}
+	for b < hi && free(b) {
+		b += s.page
+	}
+	return a, b
+}
+
+// release ends the claim on [lo, hi).
+func (s *Server) release(lo, hi int64, ok bool) {
+	s.mu.Lock()
+	s.busy.set(lo/s.page, hi/s.page, false)
+	if ok {
+		s.live.Add(s.filled.set(lo/s.page, hi/s.page, true) * s.page)
+	}
+	s.mu.Unlock()
+}
+
+// read returns the content of [lo, hi), zero-padded beyond the store's end:
+// a view, or w.buf.
+func (s *Server) read(w *worker, lo, hi int64) ([]byte, error) {
+	if s.viewer != nil && hi <= s.size {
+		if p, ok := s.viewer.View(lo, hi-lo); ok {
+			return p, nil
+		}
+	}
+	n := min(hi, s.size) - lo
+	ctx := w.lease.begin()
+	err := s.store.ReadAt(ctx, w.buf[:n], lo)
+	w.lease.end()
+	if err != nil {
+		s.errs.Add(1)
+		if context.Cause(ctx) == errDeadline {
+			err = fmt.Errorf("%w after %v: %w", context.DeadlineExceeded, s.o.Deadline, err)
+		}
+		return nil, fmt.Errorf("fill %d bytes at %d: %w", hi-lo, lo, err)
+	}
+	clear(w.buf[n : hi-lo])
+	return w.buf[:hi-lo], nil
+}
+
+// fill puts data at lo and wakes who waits. Pages that are there already stay.
+func (s *Server) fill(lo int64, data []byte) error {
+	if s.o.Memfd != nil {
+		for off := 0; off < len(data); {
+			n, err := unix.Pwrite(int(s.o.Memfd.Fd()), data[off:], lo+int64(off))
+			if err != nil && err != unix.EINTR {
+				return fmt.Errorf("write %d bytes at %d of the memfd: %w", len(data)-off, lo+int64(off), err)
+			}
+			off += max(n, 0)
+		}
+	}
+	wake := false
+	for off, tries := int64(0), 0; off < int64(len(data)); {
+		var n int64
+		var e unix.Errno
+		at := s.base + uintptr(lo+off)
+		if s.o.Memfd != nil {
+			n, e = Continue(s.fd, at, int64(len(data))-off, 0)
+		} else {
+			n, e = Copy(s.fd, at, data[off:], 0)
+		}
+		off += n
+		switch {
+		case n > 0:
+			tries = 0
+		case e == unix.EEXIST:
+			off += s.page
+			wake = true
+		case e == unix.EAGAIN && tries < 1e6 && !s.stopping.Load():
+			tries++
+			runtime.Gosched()
+		case gone(e):
+			return nil // nobody is left who could see these pages
+		default:
+			return fmt.Errorf("fill %d bytes at %d: %w", int64(len(data))-off, lo+off, e)
+		}
+	}
+	if wake { // somebody may have begun to wait before the page came from elsewhere
+		Wake(s.fd, s.base+uintptr(lo), int64(len(data)))
+	}
+	return nil
+}
+
+func (s *Server) fail(err error) {
+	s.mu.Lock()
+	if s.err == nil && !s.stopping.Load() {
+		s.err = err
+	}
+	s.mu.Unlock()
+}
+
+// Err returns the first error so far, such as a store that could not be read.
+func (s *Server) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.err
+}
+
+// Stats returns the counters.
+func (s *Server) Stats() Stats {
+	return Stats{Faults: s.faults.Load(), Coalesced: s.coalesced.Load(), Trips: s.trips.Load(),
+		Fills: s.fills.Load(), FillBytes: s.fillBytes.Load(), Prefetches: s.pulls.Load(), PrefetchBytes: s.pullBytes.Load(),
+		Errors: s.errs.Load(), Resident: s.live.Load()}
+}
+
+// Local reports whether bytes come from a region.Viewer without a copy.
+func (s *Server) Local() bool { return s.viewer != nil }
+
+// Close ends reads of the store, handlers and prefetch, makes what was not
+// filled raise SIGBUS in a process that still has the mapping, and closes the
+// userfaultfd. It returns once all threads have ended, which takes as long as
+// the store needs to end a read whose context has ended. It may be called twice.
+func (s *Server) Close() error {
+	s.closing.Do(func() {
+		s.stopping.Store(true)
+		s.cancel()
+		// Wake a handler from its blocking read: its flags are looked at when the
+		// read starts, and SIGURG, which the Go runtime ignores, restarts it.
+		s.closed = os.NewSyscallError("fcntl", unix.SetNonblock(s.fd, true))
+		for _, w := range s.handlers {
+			s.interrupt(w)
+		}
+		s.mu.Lock()
+		s.work.Broadcast()
+		s.mu.Unlock()
+		s.threads.Wait()
+		if s.length > 0 {
+			_, err := poison(s.fd, s.base, s.length, s.page)
+			s.closed = errors.Join(s.closed, err)
+		}
+		s.closed = errors.Join(s.closed, s.uffd.Close())
+	})
+	return s.closed
+}
+
+func (s *Server) interrupt(w *worker) {
+	t := time.NewTicker(time.Millisecond)
+	defer t.Stop()
+	for {
+		if tid := w.tid.Load(); tid != 0 {
+			_ = unix.Tgkill(unix.Getpid(), int(tid), unix.SIGURG)
+		}
+		select {
+		case <-w.done:
+			return
+		case <-t.C:
+		}
+	}
+}
