@@ -43,6 +43,8 @@ type Info struct {
 	Devices      []string     // names of the devices it can use, best first; "" only for baselines
 	Params       []param.Spec // its own parameters, for --set
 	DefaultChunk int64        // bytes
+	PullWorkers  int          // default number of background pulls in flight
+	PushWorkers  int          // default number of background pushes in flight
 	Consistency  string       // the contract: readers, writers, a source that changes
 }
 

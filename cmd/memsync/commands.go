@@ -1,14 +1,23 @@
 package main
 
-import "github.com/spf13/cobra"
+import (
+	"github.com/spf13/cobra"
+
+	"memsync/scenarios/role"
+)
 
 // commands lists all commands. Each is an options struct and a function.
 func commands(s *state) []*cobra.Command {
-	return []*cobra.Command{}
+	return []*cobra.Command{
+		newListCmd(s), newMeasureCmd(s), newRunCmd(s), newPlotCmd(s), newCleanCmd(s),
+	}
 }
 
 // hidden runs the hidden commands that memsync starts itself with (they must not
 // install signal handlers or parse flags), and reports whether args was one.
 func hidden(args []string) (code int, ok bool) {
+	if len(args) > 0 && args[0] == "role" {
+		return role.Main(args[1:]), true
+	}
 	return 0, false
 }

@@ -1,9 +1,21 @@
-// Package all lists every strategy of this binary in one place.
+// Package all lists every strategy, device and transport of this binary in one place.
 package all
 
 import (
+	"errors"
+	"fmt"
+	"strings"
+
 	"memsync/strategies"
 	"memsync/strategies/baseline"
+	"memsync/strategies/device"
+	"memsync/strategies/device/uffd"
+	"memsync/strategies/direct"
+	"memsync/strategies/managed"
+	"memsync/strategies/param"
+	"memsync/strategies/transport"
+	"memsync/strategies/transport/nbd"
+	"memsync/strategies/userfaultfd"
 )
 
 // Registry returns all strategies, baselines first.
@@ -11,5 +23,59 @@ func Registry() strategies.Registry {
 	return strategies.Registry{
 		baseline.Memory{},
 		baseline.Disk{},
+		userfaultfd.Strategy{},
+		direct.Strategy{},
+		managed.Strategy{},
 	}
+}
+
+// TransportNames lists the transports; "local", which is none, is not among them.
+func TransportNames() []string { return []string{"nbd"} }
+
+// Transport returns a transport by name, or an error that lists the valid names.
+func Transport(name string) (transport.Transport, error) {
+	switch name {
+	case "nbd":
+		return &nbd.Transport{}, nil
+	}
+	return nil, fmt.Errorf("unknown transport %q; valid: %s, local", name, strings.Join(TransportNames(), ", "))
+}
+
+// TransportOptions returns the options of a transport that parameters set.
+func TransportOptions(p param.Values) transport.Options {
+	return transport.Options{Connections: p.Int("connections"), Window: p.Size("window")}
+}
+
+// Specs returns the parameters that a strategy has with a device and a transport.
+func Specs(s strategies.Strategy, deviceName, transportName string) []param.Spec {
+	specs := append([]param.Spec{}, s.Info().Params...)
+	specs = append(specs, device.Params(deviceName)...)
+	if transportName != "local" {
+		specs = append(specs, nbd.Params()...)
+		specs = append(specs, param.Spec{Name: "congestion", Kind: param.KindString,
+			Doc: "TCP congestion control of both ends (default: the kernel's)"})
+	}
+	return specs
+}
+
+// DeviceNames lists the kinds of devices.
+func DeviceNames() []string {
+	var names []string
+	for _, k := range device.Kinds() {
+		names = append(names, k.Name)
+	}
+	return names
+}
+
+// ProbeDevice tries whether a kind of device works here: nil, an error that
+// matches region.ErrNotSupported, or another one where it could not tell.
+func ProbeDevice(name string) error {
+	if name == "uffd" {
+		return errors.Join(uffd.ProbeMissing(), uffd.ProbePoison())
+	}
+	k, err := device.Get(name)
+	if err != nil {
+		return err
+	}
+	return k.Probe()
 }

@@ -52,6 +52,7 @@ type Options struct {
 	Name        string // of the export; empty is the source's default
 	Connections int    // number of connections opened together, 1..16; 0 means 1
 	ReadOnly    bool   // refuse writes on this side
+	Window      int64  // bytes of background requests in flight; 0: the transport chooses
 }
 
 // Transport is a wire protocol between daemon and source.

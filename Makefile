@@ -1,0 +1,40 @@
+# memsync: the two commands are `make bench` and `make test`.
+SHELL := /bin/bash
+GO ?= go
+LAB ?= 1
+RUNS ?= 6
+OUT ?= results/out/bench
+FIGURES := latency-first-chunk-rttvar-1 throughput-rttvar-1
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+.PHONY: bench test build race lint fmt fuzz clean help
+
+bench: build ## the main job: two figures, quick form, on a real shaped link (minutes)
+	bin/memsync doctor
+	bin/memsync run $(FIGURES) --quick --runs $(RUNS) --out $(OUT)
+
+test: build ## all tests
+	@echo "fetches: Go modules that are not in the module cache yet; for LAB=1 also, once, Debian's user-mode-linux (into the user cache)"
+	MEMSYNC_TEST_LAB=$(LAB) $(GO) test -count=1 ./...
+	@if [ "$(LAB)" = 0 ]; then echo "left out: the tests in the lab kernel (LAB=0)"; fi
+
+build: ## bin/memsync
+	@echo "fetches: Go modules that are not in the module cache yet"
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/memsync ./cmd/memsync
+
+race: ## all tests under the race detector (needs gcc)
+	MEMSYNC_TEST_LAB=0 $(GO) test -race -count=1 ./...
+
+lint: ## formatting, vet, staticcheck; the layer rules are a test (scenarios/layers_test.go)
+	@test -z "$$(gofmt -l .)" || { echo "gofmt would change:"; gofmt -l .; exit 1; }
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+
+fmt:
+	gofmt -w .
+
+clean: ## what was built; results stay
+	rm -rf bin
+
+help:
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'

@@ -1,0 +1,35 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"memsync/scenarios"
+)
+
+func newCleanCmd(s *state) *cobra.Command {
+	return &cobra.Command{
+		Use:   "clean",
+		Short: "Remove what a killed run left behind",
+		Long: `Removes scratch folders, and mounts below them, whose memsync is gone. Nothing
+else can be left: network namespaces, their devices, processes and most mounts
+end with the process that made them, by the kernel's doing (docs/architecture.md).
+What belongs to a running memsync is not touched.`,
+		Example: "  memsync clean",
+		Args:    cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			removed, err := scenarios.CleanScratch()
+			for _, dir := range removed {
+				fmt.Fprintln(s.stdout, "removed", dir)
+			}
+			if err != nil {
+				return exitWith(exitFailed, err)
+			}
+			if len(removed) == 0 {
+				fmt.Fprintln(s.stderr, "nothing was left behind")
+			}
+			return nil
+		},
+	}
+}

@@ -1,0 +1,144 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"memsync/netem"
+	"memsync/scenarios"
+	"memsync/strategies"
+	"memsync/strategies/all"
+	"memsync/strategies/backend"
+	"memsync/strategies/param"
+)
+
+// listing is one kind of thing that can be listed: its entries as data, and as
+// columns for people.
+type listing struct {
+	name string
+	make func() (data any, head []string, lines [][]string)
+}
+
+func listings() []listing {
+	return []listing{
+		{"strategies", func() (any, []string, [][]string) {
+			type entry struct {
+				Name         string                  `json:"name"`
+				Doc          string                  `json:"doc"`
+				Capabilities []strategies.Capability `json:"capabilities"`
+				Devices      []string                `json:"devices"`
+				Params       []param.Spec            `json:"params"`
+				Consistency  string                  `json:"consistency"`
+			}
+			var data []entry
+			var lines [][]string
+			for _, st := range all.Registry() {
+				i := st.Info()
+				e := entry{i.Name, i.Doc, i.Capabilities, i.Devices, all.Specs(st, i.Devices[0], "nbd"), i.Consistency}
+				data = append(data, e)
+				var caps, params []string
+				for _, c := range i.Capabilities {
+					caps = append(caps, string(c))
+				}
+				for _, p := range i.Params {
+					params = append(params, p.Name)
+				}
+				lines = append(lines, []string{i.Name, strings.Join(i.Devices, ","), strings.Join(caps, ","), i.Doc, strings.Join(params, ",")})
+			}
+			return data, []string{"NAME", "DEVICES", "CAN", "WHAT", "PARAMETERS"}, lines
+		}},
+		{"figures", func() (any, []string, [][]string) {
+			type entry struct {
+				Name   string `json:"name"`
+				Title  string `json:"title"`
+				Thesis string `json:"thesis,omitempty"`
+				Cells  int    `json:"cells"`
+				Quick  int    `json:"quick_cells"`
+			}
+			var data []entry
+			var lines [][]string
+			for _, f := range scenarios.Figures() {
+				e := entry{f.Spec.Name, f.Spec.Title, f.Spec.Thesis, len(f.Cells(scenarios.Network, false)), len(f.Cells(scenarios.Network, true))}
+				data = append(data, e)
+				lines = append(lines, []string{e.Name, fmt.Sprint(e.Cells), fmt.Sprint(e.Quick), e.Title})
+			}
+			return data, []string{"NAME", "CELLS", "QUICK", "WHAT"}, lines
+		}},
+		{"profiles", func() (any, []string, [][]string) {
+			var lines [][]string
+			for _, p := range netem.Profiles() {
+				lines = append(lines, []string{p.Name, p.RTT.String(), rateText(p.Rate), p.Jitter.String(), fmt.Sprintf("%g%%", p.Loss*100), p.Doc})
+			}
+			return netem.Profiles(), []string{"NAME", "RTT", "RATE", "JITTER", "LOSS", "WHAT"}, lines
+		}},
+		{"devices", named(all.DeviceNames)}, {"transports", named(func() []string { return append(all.TransportNames(), "local") })},
+		{"backends", named(backend.Names)},
+	}
+}
+
+func named(names func() []string) func() (any, []string, [][]string) {
+	return func() (any, []string, [][]string) {
+		var lines [][]string
+		for _, n := range names() {
+			lines = append(lines, []string{n})
+		}
+		return names(), []string{"NAME"}, lines
+	}
+}
+
+func newListCmd(s *state) *cobra.Command {
+	var asJSON bool
+	var names []string
+	for _, l := range listings() {
+		names = append(names, l.name)
+	}
+	c := &cobra.Command{
+		Use:       "list [" + strings.Join(names, "|") + "]",
+		Short:     "List what there is: " + strings.Join(names, ", "),
+		Example:   "  memsync list strategies\n  memsync list profiles --json",
+		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
+		ValidArgs: names,
+		RunE: func(_ *cobra.Command, args []string) error {
+			all := map[string]any{}
+			for _, l := range listings() {
+				if len(args) == 1 && args[0] != l.name {
+					continue
+				}
+				data, head, lines := l.make()
+				all[l.name] = data
+				if asJSON {
+					continue
+				}
+				if s.stdoutTTY {
+					fmt.Fprintf(s.stdout, "%s\n", l.name)
+				}
+				w := tabwriter.NewWriter(s.stdout, 0, 0, 2, ' ', 0)
+				if !s.stdoutTTY {
+					w = tabwriter.NewWriter(s.stdout, 0, 0, 0, '\t', 0)
+				}
+				for _, l := range append([][]string{head}, lines...) {
+					fmt.Fprintln(w, strings.Join(l, "\t"))
+				}
+				if err := w.Flush(); err != nil {
+					return exitWith(exitFailed, err)
+				}
+			}
+			if !asJSON {
+				return nil
+			}
+			enc := json.NewEncoder(s.stdout)
+			enc.SetIndent("", "  ")
+			var v any = all
+			if len(args) == 1 {
+				v = all[args[0]]
+			}
+			return enc.Encode(v)
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return c
+}

@@ -1,0 +1,293 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"memsync/plots"
+	"memsync/results"
+	"memsync/scenarios"
+)
+
+type runOptions struct {
+	all, quick           bool
+	variant, out, shard  string
+	runs                 int
+	seed                 uint64
+	budget               time.Duration
+	budgetSet, seedSet   bool
+	figures              []string
+	shardIndex, shardCnt int
+}
+
+func newRunCmd(s *state) *cobra.Command {
+	o := &runOptions{}
+	c := &cobra.Command{
+		Use:   "run FIGURE... | --all",
+		Short: "Run figures: records, plots and a table; goes on where it was stopped",
+		Long: `Runs the scenarios of figures: every cell several times, shuffled, verified and
+appended to runs.csv in the result folder, then drawn. Run the same command again
+to go on after an interruption, whatever ended it.
+
+A figure or series that this machine cannot make is recorded as unsupported, with
+the reason.`,
+		Example: `  memsync run throughput-rttvar-1 --quick
+  memsync run latency-first-chunk-rttvar-1 throughput-rttvar-1 --variant thesis
+  memsync run --all --shard 2/8 --out results/out/part2`,
+		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+			return figureNames(), cobra.ShellCompDirectiveNoFileComp
+		},
+		RunE: func(c *cobra.Command, args []string) error {
+			o.figures = args
+			o.budgetSet, o.seedSet = c.Flags().Changed("budget"), c.Flags().Changed("seed")
+			return runRun(s, o)
+		},
+	}
+	f := c.Flags()
+	f.BoolVar(&o.all, "all", false, "all figures")
+	f.BoolVar(&o.quick, "quick", false, "three points of x a figure, time budgets")
+	f.StringVar(&o.variant, "variant", scenarios.Network, "thesis (its sizes, a sleep for a network), network (a real shaped link) or both")
+	f.StringVar(&o.out, "out", "", "result `folder` (default: results/out/NAME)")
+	f.StringVar(&o.shard, "shard", "", "`i/n`: only the i-th of n parts of the sweep")
+	f.IntVar(&o.runs, "runs", 6, "runs of each cell, 1 to 10000")
+	f.Uint64Var(&o.seed, "seed", 1, "seed of order, content, accesses and links")
+	durationFlag(f, &o.budget, "budget", 0, "time a run may spend reading (default: the figure's)")
+	completions(c, map[string]func() []string{"variant": func() []string { return append(scenarios.Variants(), "both") }})
+	return c
+}
+
+func figureNames() []string {
+	var names []string
+	for _, f := range scenarios.Figures() {
+		names = append(names, f.Spec.Name)
+	}
+	return names
+}
+
+// check validates the options.
+func (o *runOptions) check() (figures []scenarios.Figure, variants []string, err error) {
+	if o.all == (len(o.figures) > 0) {
+		return nil, nil, fmt.Errorf("name figures or give --all; valid: %s", strings.Join(figureNames(), ", "))
+	}
+	if o.all {
+		o.figures = figureNames()
+	}
+	for _, name := range o.figures {
+		f, err := scenarios.FigureByName(name)
+		if err != nil {
+			return nil, nil, err
+		}
+		figures = append(figures, f)
+	}
+	if variants, err = scenarios.CheckVariant(o.variant); err != nil {
+		return nil, nil, err
+	}
+	if o.runs < 1 || o.runs > 10000 {
+		return nil, nil, errors.New("--runs must be 1 to 10000")
+	}
+	if o.budgetSet && o.budget < time.Millisecond {
+		return nil, nil, errors.New("--budget must be at least 1ms")
+	}
+	o.shardIndex, o.shardCnt = 1, 1
+	if o.shard != "" {
+		i, n, ok := strings.Cut(o.shard, "/")
+		var err1, err2 error
+		o.shardIndex, err1 = strconv.Atoi(i)
+		o.shardCnt, err2 = strconv.Atoi(n)
+		if !ok || err1 != nil || err2 != nil || o.shardIndex < 1 || o.shardIndex > o.shardCnt {
+			return nil, nil, fmt.Errorf("--shard %q: want i/n with i from 1 to n", o.shard)
+		}
+	}
+	if o.out == "" {
+		name := "all"
+		if len(o.figures) == 1 {
+			name = o.figures[0]
+		} else if !o.all {
+			name = "run"
+		}
+		o.out = filepath.Join("results", "out", name)
+	}
+	return figures, variants, nil
+}
+
+func runRun(s *state, o *runOptions) error {
+	figures, variants, err := o.check()
+	if err != nil {
+		return exitWith(exitUsage, err)
+	}
+	scratch, err := sandbox(s)
+	if err != nil || scratch == "" {
+		return err
+	}
+	w, seed, err := openResults(o)
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+
+	r := &scenarios.Runner{Scratch: scratch, Seed: seed}
+	defer r.Close()
+	status := &statuses{}
+	var cells []*scenarios.Cell
+	var missing []error
+	for _, f := range figures {
+		for _, v := range variants {
+			for _, c := range f.Cells(v, o.quick) {
+				if o.budgetSet {
+					c.Budget = o.budget
+				}
+				if err := c.Resolve(); err != nil {
+					if errors.Is(err, scenarios.ErrUsage) {
+						return exitWith(exitFailed, fmt.Errorf("figure %s, %s: %w", f.Spec.Name, c.Strategy, err))
+					}
+					missing = append(missing, fmt.Errorf("%s, %s, RTT %v: %w", f.Spec.Name, c.Strategy, c.Link.RTT, err))
+					c.Missing = err
+				}
+				cells = append(cells, c)
+			}
+		}
+	}
+	for i, err := range missing {
+		if i == 3 {
+			fmt.Fprintf(s.stderr, "and %d more cells that cannot run here\n", len(missing)-i)
+			break
+		}
+		fmt.Fprintln(s.stderr, "cannot run here:", err)
+	}
+	items := scenarios.Shard(scenarios.Plan(cells, o.runs, seed), o.shardIndex, o.shardCnt)
+	total := len(items)
+	items = slices.DeleteFunc(items, func(it scenarios.Item) bool {
+		st, closed := w.Closed(it.ID)
+		if closed {
+			status.add(scenarios.Outcome{Item: it, Status: st, Err: errors.New("recorded earlier")})
+		}
+		return closed
+	})
+	if n := total - len(items); n > 0 {
+		fmt.Fprintf(s.stderr, "going on in %s: %d of %d runs are recorded already\n", o.out, n, total)
+	}
+	p := newProgress(s, "run")
+	r.Log = p.Note
+	p.Plan(items)
+	hist, err := os.OpenFile(filepath.Join(o.out, "histograms.jsonl"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o666)
+	if err != nil {
+		return exitWith(exitFailed, err)
+	}
+	defer hist.Close()
+	err = r.Sweep(s.ctx, items, p.Begin, func(out scenarios.Outcome) error {
+		status.add(out)
+		rows, err := out.Rows()
+		if err == nil && len(out.Histogram) > 0 {
+			// Before the rows: a recorded run always has its histogram.
+			err = json.NewEncoder(hist).Encode(map[string]string{"run_id": out.ID, "hdr_v2": string(out.Histogram), "unit": "ns"})
+		}
+		if err == nil {
+			err = w.Append(rows...)
+		}
+		p.End(out)
+		return err
+	})
+	p.Close()
+	if err != nil && s.ctx.Err() == nil {
+		return exitWith(exitFailed, fmt.Errorf("record: %w", err))
+	}
+	if err := finishManifest(o.out, r); err != nil {
+		return exitWith(exitFailed, err)
+	}
+	if s.ctx.Err() == nil {
+		if err := show(s, o.out, figures, variants); err != nil {
+			return exitWith(exitFailed, err)
+		}
+	}
+	return status.err(s, true)
+}
+
+// openResults makes the result folder, or goes on in it with its own seed.
+func openResults(o *runOptions) (*results.Writer, uint64, error) {
+	m := results.NewManifest()
+	m.Seed = o.seed
+	w, err := results.Create(o.out, m)
+	if errors.Is(err, fs.ErrExist) {
+		old, merr := results.ReadManifest(o.out)
+		if merr != nil {
+			return nil, 0, exitWith(exitFailed, merr)
+		}
+		if o.seedSet && old.Seed != o.seed {
+			return nil, 0, exitWith(exitUsage, fmt.Errorf("%s was begun with seed %d; go on with that one, or name another --out", o.out, old.Seed))
+		}
+		o.seed = old.Seed
+		w, err = results.Open(o.out)
+	}
+	if err != nil {
+		return nil, 0, exitWith(exitFailed, err)
+	}
+	return w, o.seed, nil
+}
+
+// finishManifest adds what the sweep learnt.
+func finishManifest(dir string, r *scenarios.Runner) error {
+	m, err := results.ReadManifest(dir)
+	if err != nil {
+		return err
+	}
+	links, calibrations := r.Evidence()
+	m.Links, m.Calibrations = append(m.Links, links...), append(m.Calibrations, calibrations...)
+	m.End = time.Now()
+	return results.WriteManifest(dir, m)
+}
+
+// show draws the figures of a result folder and prints the table.
+func show(s *state, dir string, figures []scenarios.Figure, variants []string) error {
+	rows, err := results.Read(dir)
+	if err != nil {
+		return err
+	}
+	for _, f := range figures {
+		for _, v := range variants {
+			of := results.Filter(rows, func(r results.Row) bool { return r.Figure == f.Spec.Name && r.Variant == v })
+			if len(of) == 0 {
+				continue
+			}
+			if err := printFigure(s, f.Spec, v, of); err != nil {
+				return err
+			}
+			spec := f.Spec
+			files, err := plots.Draw(of, spec, filepath.Join(dir, "plots", v))
+			if err != nil {
+				fmt.Fprintf(s.stderr, "no picture of %s (%s): %v\n", spec.Name, v, err)
+				continue
+			}
+			for _, file := range files {
+				fmt.Fprintln(s.stdout, "picture:", file)
+			}
+			fmt.Fprintln(s.stdout)
+		}
+	}
+	fmt.Fprintln(s.stdout, "records:", filepath.Join(dir, results.RunsFile))
+	return nil
+}
+
+func newPlotCmd(s *state) *cobra.Command {
+	return &cobra.Command{
+		Use:     "plot DIR",
+		Short:   "Draw the figures of a result folder again, and print their table",
+		Example: "  memsync plot results/out/throughput-rttvar-1",
+		Args:    cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			if err := show(s, args[0], scenarios.Figures(), scenarios.Variants()); err != nil {
+				return exitWith(exitFailed, err)
+			}
+			return nil
+		},
+	}
+}

@@ -1,0 +1,64 @@
+package main
+
+import (
+	"fmt"
+
+	"memsync/results"
+	"memsync/results/table"
+	"memsync/scenarios"
+)
+
+// printFigure prints a figure's numbers as a table.
+func printFigure(s *state, spec results.FigureSpec, variant string, rows []results.Row) error {
+	t, err := table.FromRows(rows, append(append([]string{}, spec.Keys...), spec.X.Column, "shaper"), []string{spec.Y.Column})
+	if err != nil {
+		return err
+	}
+	if s.stdoutTTY {
+		fmt.Fprintf(s.stdout, "%s (%s): %s, median and 95 %% confidence interval\n", spec.Name, variant, spec.Title)
+	}
+	return t.Write(s.stdout, s.stdoutTTY)
+}
+
+// reported are the metrics that measure prints first; the others follow with --json.
+var reported = []string{
+	"open_latency", "latency_first_chunk", "throughput", "time_to_last_byte", "total_time", "link_utilisation", "rate_utilisation",
+	"fault_latency_p50", "fault_latency_p99", "bytes_done", "wire_tx_bytes", "wire_rx_bytes",
+	"cpu_source", "cpu_daemon", "cpu_workload", "rss_daemon", "preemptive_pull_bytes", "rtt_measured", "rate_measured", "harness_overhead",
+	"floor_map", "floor_fill", "floor_tcp", "floor_wake", "floor_rr",
+}
+
+// printReport prints a measurement as a table, a line for each metric.
+func printReport(s *state, c *scenarios.Cell, r *scenarios.Report) error {
+	if s.stdoutTTY {
+		fmt.Fprintf(s.stdout, "%s: device %s, transport %s, shaper %s, RTT %v, rate %s, region %d bytes, chunk %d, %s %s\nparameters: %s\n\n",
+			c.Strategy, c.Device, c.Transport, c.Shaper, c.Link.RTT, rateText(c.Link.Rate), c.Size, c.Chunk, c.Op, c.Access, c.Params())
+	}
+	var lines []metricLine
+	for _, name := range reported {
+		if v, ok := r.Summary[name]; ok {
+			lines = append(lines, metricLine{name, v})
+		}
+	}
+	if s.stdoutTTY {
+		for _, l := range lines {
+			median := table.Human(l.Median.Float(), l.Unit)
+			ci := "–"
+			if low, ok := l.CILow.Get(); ok {
+				ci = table.Human(low, l.Unit) + " .. " + table.Human(l.CIHigh.Float(), l.Unit)
+			}
+			fmt.Fprintf(s.stdout, "%-22s %14s   95 %% CI %s   n %d\n", l.name, median, ci, l.N)
+		}
+		return nil
+	}
+	fmt.Fprintln(s.stdout, "metric\tmedian\tci_low\tci_high\tn\tunit")
+	for _, l := range lines {
+		fmt.Fprintf(s.stdout, "%s\t%s\t%s\t%s\t%d\t%s\n", l.name, l.Median, l.CILow, l.CIHigh, l.N, l.Unit)
+	}
+	return nil
+}
+
+type metricLine struct {
+	name string
+	scenarios.ReportedSummary
+}

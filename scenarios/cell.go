@@ -1,0 +1,372 @@
+// Package scenarios runs measurements: a cell (one point of a matrix) at a time,
+// each run in fresh processes (package role) on a link that was measured
+// (package netem), verified, and recorded (package results). Figures are data.
+package scenarios
+
+import (
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"memsync/netem"
+	"memsync/results"
+	"memsync/scenarios/role"
+	"memsync/strategies"
+	"memsync/strategies/all"
+	"memsync/strategies/backend"
+	"memsync/strategies/param"
+	"memsync/strategies/region"
+)
+
+// Variants of a figure.
+const (
+	Thesis  = "thesis"  // sleep shaper, transport local, the thesis's sizes
+	Network = "network" // a real shaped link, the same size for all series
+)
+
+// WholeRegion is the Limit of a cell that touches all of its region.
+const WholeRegion = -1
+
+// Cell is one point of a scenario's matrix. Resolve fills in what is left open
+// and validates it; only a resolved cell can run.
+type Cell struct {
+	Figure, Variant string // empty and "network" outside figures
+	Strategy        string
+	Device          string        // "" or "auto": the strategy's best that works here
+	Transport       string        // "" is nbd; local where the strategy has no source
+	Backend         string        // "" is memory
+	Shaper          netem.Shaper  // "" or "auto": netem, else tun; none for an unshaped link
+	Link            netem.Profile // what the shaper does
+	Size            int64         // bytes; with Input 0 is the file's size
+	Input           string        // a file whose content the region has
+	Chunk           int64         // bytes; 0 is the strategy's default
+	Op, Access      string        // "" is read, seq
+	Via             string        // "" is map; file, path
+	Threads         int           // 0 is 1
+	Think           time.Duration
+	Limit           int64 // bytes to touch; WholeRegion; 0 is only the first chunk
+	PullWorkers     int   // -1 is the strategy's default
+	PushWorkers     int
+	CPUs            string   // "source=0,daemon=1,workload=1"; "" leaves it to the scheduler
+	Settings        []string // key=value
+	Budget          time.Duration
+	Floors          bool  // measure the yardsticks beside each run
+	Missing         error // why it cannot run here; its runs are recorded as unsupported
+
+	kernel   string
+	params   param.Values
+	strategy strategies.Strategy
+}
+
+// ErrUsage marks errors in what was asked, as against errors in doing it.
+var ErrUsage = errors.New("wrong usage")
+
+func usage(format string, args ...any) error {
+	return &usageError{fmt.Errorf(format, args...)}
+}
+
+type usageError struct{ error }
+
+func (e *usageError) Is(target error) bool { return target == ErrUsage }
+func (e *usageError) Unwrap() error        { return e.error }
+
+// Ops lists what a workload can do.
+func Ops() []string { return []string{"read", "write", "mixed"} }
+
+// minBudget is the shortest time budget of a run.
+const minBudget = time.Millisecond
+
+// Resolve fills in defaults and validates the cell. Errors that match ErrUsage
+// are of the request; others (region.ErrNotSupported, ErrNotPermitted) are of this
+// machine, and the cell is then complete enough to be recorded as unsupported.
+func (c *Cell) Resolve() error {
+	st, err := all.Registry().Get(c.Strategy)
+	if err != nil {
+		return usage("%w", err)
+	}
+	info := st.Info()
+	c.strategy = st
+	def := func(s *string, v string) {
+		if *s == "" || *s == "auto" {
+			*s = v
+		}
+	}
+	local := info.Can(strategies.LocalOnly)
+	if def(&c.Transport, "nbd"); local {
+		c.Transport = "local"
+	}
+	def(&c.Backend, "memory")
+	def(&c.Op, "read")
+	def(&c.Access, "seq")
+	def(&c.Via, "map")
+	def(&c.Variant, Network)
+	c.Threads = max(c.Threads, 1)
+	if c.Input != "" {
+		fi, err := os.Stat(c.Input)
+		switch {
+		case err != nil:
+			return usage("input: %w", err)
+		case !fi.Mode().IsRegular():
+			return usage("input %s: not a regular file", c.Input)
+		case fi.Size() == 0:
+			return usage("input %s: the file is empty; a region has at least 1 byte", c.Input)
+		case c.Size > fi.Size():
+			return usage("input %s: has %d bytes, fewer than the size asked for, %d", c.Input, fi.Size(), c.Size)
+		case c.Size == 0:
+			c.Size = fi.Size()
+		}
+	}
+	if c.Chunk == 0 {
+		c.Chunk = info.DefaultChunk
+	}
+	if c.PullWorkers < 0 {
+		c.PullWorkers = info.PullWorkers
+	}
+	if c.PushWorkers < 0 {
+		c.PushWorkers = info.PushWorkers
+	}
+	if err := c.validate(info); err != nil {
+		return err
+	}
+	c.kernel = kernelName()
+	deviceErr := c.pickDevice(info)
+	if errors.Is(deviceErr, ErrUsage) {
+		return deviceErr
+	}
+	if c.params, err = param.New(all.Specs(st, c.Device, c.Transport), c.Settings); err != nil {
+		return usage("%w", err)
+	}
+	return errors.Join(deviceErr, c.pickShaper())
+}
+
+func (c *Cell) validate(info strategies.Info) error {
+	if c.Size < 1 {
+		return usage("size %d: a region has at least 1 byte", c.Size)
+	}
+	if err := region.CheckChunk(c.Chunk); err != nil {
+		return usage("%w", err)
+	}
+	if !slices.Contains(Ops(), c.Op) {
+		return usage("unknown operation %q; valid: %s", c.Op, strings.Join(Ops(), ", "))
+	}
+	if err := role.CheckAccess(c.Access); err != nil {
+		return usage("%w", err)
+	}
+	if !slices.Contains([]string{"map", "file", "path"}, c.Via) {
+		return usage("unknown way of access %q; valid: map, file, path", c.Via)
+	}
+	if !slices.Contains(backend.Names(), c.Backend) {
+		return usage("unknown backend %q; valid: %s", c.Backend, strings.Join(backend.Names(), ", "))
+	}
+	if c.Transport != "local" {
+		if _, err := all.Transport(c.Transport); err != nil {
+			return usage("%w", err)
+		}
+	}
+	if c.Budget < minBudget {
+		return usage("time budget %v: want at least %v", c.Budget, minBudget)
+	}
+	if c.Think < 0 || c.Limit < WholeRegion {
+		return usage("think time and limit must not be negative")
+	}
+	if err := c.Link.Validate(); err != nil {
+		return usage("%w", err)
+	}
+	if _, err := ParsePlacement(c.CPUs); err != nil {
+		return err
+	}
+	if c.Op != "read" && !info.Can(strategies.Writes) {
+		return fmt.Errorf("strategy %s does not write back: %w", c.Strategy, region.ErrNotSupported)
+	}
+	return nil
+}
+
+// pickDevice chooses the first of the strategy's devices that works here, or
+// checks the one asked for.
+func (c *Cell) pickDevice(info strategies.Info) error {
+	if c.Device != "" && c.Device != "auto" {
+		if !slices.Contains(info.Devices, c.Device) {
+			if !slices.Contains(all.DeviceNames(), c.Device) {
+				return usage("unknown device %q; valid: auto, %s", c.Device, strings.Join(all.DeviceNames(), ", "))
+			}
+			return usage("strategy %s has no device %q; it has: %s", c.Strategy, c.Device, strings.Join(info.Devices, ", "))
+		}
+		return all.ProbeDevice(c.Device)
+	}
+	var errs []error
+	for _, d := range info.Devices {
+		c.Device = d
+		if d == "" {
+			return nil
+		}
+		err := all.ProbeDevice(d)
+		if err == nil {
+			return nil
+		}
+		errs = append(errs, err)
+	}
+	c.Device = info.Devices[0]
+	return errors.Join(errs...)
+}
+
+// shaped reports whether the link is anything but a plain veth.
+func shaped(p netem.Profile) bool { return p.RTT != 0 || p.Jitter != 0 || p.Loss != 0 || p.Rate != 0 }
+
+func (c *Cell) pickShaper() error {
+	if c.Transport == "local" {
+		switch {
+		case c.Shaper == "" || c.Shaper == "auto":
+			c.Shaper = netem.ShaperNone
+			if c.Link.RTT > 0 {
+				c.Shaper = netem.ShaperSleep
+			}
+		case c.Shaper != netem.ShaperNone && c.Shaper != netem.ShaperSleep:
+			return usage("transport local has no link: use --shaper sleep or none, not %s", c.Shaper)
+		}
+		if c.Link.Rate != 0 || c.Link.Jitter != 0 || c.Link.Loss != 0 {
+			return usage("transport local has no link: only --rtt can be imitated, by --shaper sleep")
+		}
+		if c.Shaper == netem.ShaperNone && c.Link.RTT != 0 {
+			return usage("--shaper none does not delay: leave --rtt out or use --shaper sleep")
+		}
+		return nil
+	}
+	switch c.Shaper {
+	case netem.ShaperSleep:
+		return usage("--shaper sleep goes with --transport local only")
+	case netem.ShaperNone:
+		if shaped(c.Link) {
+			return usage("--shaper none does not shape: leave RTT, rate, jitter and loss out, or use netem or tun")
+		}
+	case "", "auto":
+		c.Shaper = netem.ShaperNone
+		if shaped(c.Link) {
+			c.Shaper = netem.ShaperNetem
+			if netem.Probe(netem.ShaperNetem) != nil {
+				c.Shaper = netem.ShaperTun
+			}
+		}
+	case netem.ShaperNetem, netem.ShaperTun:
+	default:
+		return usage("unknown shaper %q; valid: auto, netem, tun, sleep, none", c.Shaper)
+	}
+	if err := netem.Probe(c.Shaper); err != nil {
+		if errors.Is(err, netem.ErrNotSupported) {
+			return fmt.Errorf("%w: %w", err, region.ErrNotSupported)
+		}
+		return fmt.Errorf("%w: %w", err, region.ErrNotPermitted)
+	}
+	return nil
+}
+
+// ParsePlacement parses "source=0,daemon=1,workload=0-1" into CPU lists by role.
+func ParsePlacement(s string) (map[string]string, error) {
+	m := map[string]string{}
+	last := ""
+	for _, f := range strings.Split(s, ",") {
+		if f == "" && s == "" {
+			break
+		}
+		r, cpus, ok := strings.Cut(f, "=")
+		if !ok && last != "" { // "daemon=0,1": another CPU of the same role
+			m[last] += "," + f
+			continue
+		}
+		if !ok || !slices.Contains([]string{role.Source, role.Daemon, role.Workload}, r) {
+			return nil, usage("placement %q: want source=, daemon= or workload= and CPU numbers", s)
+		}
+		m[r], last = cpus, r
+	}
+	for _, cpus := range m {
+		list, err := role.ParseCPUs(cpus)
+		if err != nil {
+			return nil, usage("placement %q: %w", s, err)
+		}
+		if n := slices.Max(list); n >= runtime.NumCPU() {
+			return nil, usage("placement %q: this machine has CPUs 0 to %d", s, runtime.NumCPU()-1)
+		}
+	}
+	return m, nil
+}
+
+// Params returns all effective parameters as k=v;k=v, those without a column of
+// their own among them.
+func (c *Cell) Params() string {
+	extra := []string{"via=" + c.Via, fmt.Sprintf("threads=%d", c.Threads), "think=" + c.Think.String(), "budget=" + c.Budget.String()}
+	if c.Limit != WholeRegion {
+		extra = append(extra, "limit="+region.FormatSize(c.Limit))
+	}
+	if c.Input != "" {
+		extra = append(extra, "input="+strings.NewReplacer(";", "_", "\n", "_").Replace(c.Input))
+	}
+	kv := strings.Split(c.params.String(), ";")
+	kv = append(slices.DeleteFunc(kv, func(s string) bool { return s == "" }), extra...)
+	slices.Sort(kv)
+	return strings.Join(kv, ";")
+}
+
+// Row returns the record of the cell, without what belongs to a run.
+func (c *Cell) Row() results.Row {
+	return results.Row{
+		Figure: c.Figure, Variant: c.Variant, Strategy: c.Strategy, Device: c.Device, Transport: c.Transport, Backend: c.Backend,
+		Kernel: c.kernel, Shaper: string(c.Shaper),
+		RTTms: float64(c.Link.RTT) / 1e6, Jitterms: float64(c.Link.Jitter) / 1e6, Loss: c.Link.Loss, RateMbit: float64(c.Link.Rate) / 1e6,
+		RegionBytes: c.Size, ChunkBytes: c.Chunk, Op: c.Op, Access: c.Access, PullWorkers: c.PullWorkers, PushWorkers: c.PushWorkers,
+		CPUs: c.CPUs, Params: c.Params(),
+	}
+}
+
+// Key names the cell within a sweep: equal cells have equal keys, on every machine.
+func (c *Cell) Key() string {
+	r := c.Row()
+	r.Kernel = ""
+	h := fnv.New64a()
+	h.Write([]byte(r.CellKey()))
+	return fmt.Sprintf("%016x", h.Sum64())
+}
+
+// setup is what the roles must know of the cell.
+func (c *Cell) setup(seed uint64, dir string) role.Setup {
+	return role.Setup{
+		Strategy: c.Strategy, Device: c.Device, Transport: c.Transport,
+		Backend: backend.Spec{Backend: c.Backend, Size: c.Size, Content: region.Content{Seed: seed}, Input: c.Input},
+		Chunk:   c.Chunk, PullWorkers: c.PullWorkers, PushWorkers: c.PushWorkers, Settings: c.params.Settings(),
+		ReadOnly: c.Op == "read", Dir: dir,
+	}
+}
+
+// work is what the workload does.
+func (c *Cell) work(seed uint64) role.Work {
+	return role.Work{
+		Op: c.Op, Access: c.Access, Threads: c.Threads, Think: c.Think, Limit: c.Limit, Budget: c.Budget, Seed: seed,
+		Size: c.Size, Content: region.Content{Seed: seed}, Input: c.Input, Via: c.Via,
+	}
+}
+
+// Estimate guesses how long one run takes, for progress only.
+func (c *Cell) Estimate() time.Duration {
+	n := c.Size
+	if c.Limit >= 0 {
+		n = min(n, c.Limit)
+	}
+	rate := 1e9 // bit/s, a guess for an unlimited link
+	if c.Link.Rate > 0 {
+		rate = float64(c.Link.Rate)
+	}
+	d := time.Duration(float64(n*8) / rate * 1e9)
+	return min(d, c.Budget) + 4*c.Link.RTT + 600*time.Millisecond
+}
+
+// kernelName is the release of the running kernel; the lab kernel's begins with "lab".
+func kernelName() string {
+	k := results.ReadHost().Kernel
+	if os.Getenv("MEMSYNC_LAB") == "1" {
+		return "lab-" + k
+	}
+	return k
+}

@@ -1,0 +1,169 @@
+package scenarios
+
+import (
+	"strings"
+	"time"
+
+	"memsync/netem"
+	"memsync/results"
+)
+
+// Figure is a scenario that makes one plot: its cells, and how they are drawn.
+type Figure struct {
+	Spec results.FigureSpec
+	// Cells makes the matrix of a variant; quick is the short form (three points
+	// of x, time budgets).
+	Cells func(variant string, quick bool) []*Cell
+}
+
+// Figures returns all figures.
+func Figures() []Figure {
+	series := []results.FigureSeries{
+		{Key: "userfaultfd", Label: "userfaultfd", Thesis: "userfaultfd"},
+		{Key: "direct-mount", Label: "direct mount", Thesis: "direct"},
+		{Key: "managed-mount", Label: "managed mount", Thesis: "managed"},
+		{Key: "memory", Label: "memory (baseline)"},
+		{Key: "disk", Label: "disk (baseline)"},
+	}
+	rtt := results.Axis{Column: "rtt_ms", Position: "rtt_measured_ms", Label: "RTT", Unit: "ms"}
+	return []Figure{
+		{
+			Spec: results.FigureSpec{
+				Name: "latency-first-chunk-rttvar-1", Title: "First-chunk latency by RTT", Kind: results.FigureLine,
+				X: rtt, Y: results.Axis{Column: "latency_first_chunk", Label: "First-chunk latency", Unit: "ms", Scale: 1e3, Log: true},
+				Keys: []string{"strategy"}, Series: series, Thesis: "latency-first-chunk-rttvar-1",
+				Note: "One load of the second page after open. The thesis: a pause before each backend call, mean of 5 runs.",
+			},
+			Cells: func(variant string, quick bool) []*Cell {
+				return matrix("latency-first-chunk-rttvar-1", variant, points(quick, steps(0, 40, 2)), func(c *Cell) {
+					c.Limit = 0
+					c.Size = 256 << 20
+					if variant == Thesis {
+						c.Size = 4 << 30
+						if c.Strategy == "memory" || c.Strategy == "disk" {
+							c.Size = 4 << 20
+						}
+					}
+				})
+			},
+		},
+		{
+			Spec: results.FigureSpec{
+				Name: "throughput-rttvar-1", Title: "Sequential read throughput by RTT", Kind: results.FigureLine,
+				X: rtt, Y: results.Axis{Column: "throughput", Label: "Read throughput", Unit: "MiB/s", Scale: 1.0 / (1 << 20), Log: true},
+				Keys: []string{"strategy"}, Series: series, Thesis: "throughput-rttvar-1",
+				Note: "From the first load to the last byte copied out. The thesis: no rate limit, a pause before each backend call, mean of 5 runs.",
+			},
+			Cells: func(variant string, quick bool) []*Cell {
+				rtts := []int{0, 2, 4, 6, 8, 10, 12, 14, 22, 28, 34, 40}
+				return matrix("throughput-rttvar-1", variant, points(quick, rtts), func(c *Cell) {
+					c.Limit = WholeRegion
+					c.Size = 64 << 20
+					c.Floors = variant == Network
+					if variant == Thesis {
+						c.Size = thesisThroughputSize(c.Strategy, c.Link.RTT)
+					}
+				})
+			},
+		},
+	}
+}
+
+// thesisThroughputSize is how much the thesis read: it changed with the RTT.
+func thesisThroughputSize(strategy string, rtt time.Duration) int64 {
+	switch {
+	case strategy == "managed-mount":
+		return 400 << 20
+	case strategy == "direct-mount" && rtt == 0:
+		return 400 << 20
+	case strategy == "direct-mount":
+		return 4 << 20
+	case strategy == "userfaultfd" && rtt == 0:
+		return 40 << 20
+	case strategy == "userfaultfd":
+		return 4 << 10
+	}
+	return 256 << 20 // the baselines, which this figure of the thesis does not have
+}
+
+func steps(from, to, by int) []int {
+	var x []int
+	for ; from <= to; from += by {
+		x = append(x, from)
+	}
+	return x
+}
+
+// points returns the RTTs in ms: all, or 0, 20 and 40 in the quick form.
+func points(quick bool, all []int) []int {
+	if quick {
+		return []int{0, 20, 40}
+	}
+	return all
+}
+
+// NetworkRate is the link rate of the figures in variant network, bit/s: high
+// enough that no strategy is bound by it at 0 ms but the fastest, low enough
+// that every shaper reaches it on two cores.
+const NetworkRate = 1_000_000_000
+
+// matrix is the matrix of the rttvar figures: three strategies at every RTT, the
+// baselines once.
+func matrix(figure, variant string, rtts []int, set func(*Cell)) []*Cell {
+	var cells []*Cell
+	add := func(strategy string, rtt time.Duration) {
+		c := &Cell{Figure: figure, Variant: variant, Strategy: strategy, PullWorkers: -1, PushWorkers: -1, Budget: 2 * time.Second}
+		c.Link.RTT = rtt
+		baseline := strategy == "memory" || strategy == "disk"
+		switch {
+		case variant == Thesis:
+			c.Transport, c.Chunk = "local", 4096
+			if rtt > 0 {
+				c.Shaper = netem.ShaperSleep
+			}
+			if strategy == "managed-mount" {
+				c.PullWorkers, c.PushWorkers = 4096, 4096
+			}
+		case !baseline:
+			c.Link.Rate = NetworkRate
+		}
+		set(c)
+		cells = append(cells, c)
+	}
+	add("memory", 0)
+	add("disk", 0)
+	for _, ms := range rtts {
+		for _, s := range []string{"userfaultfd", "direct-mount", "managed-mount"} {
+			add(s, time.Duration(ms)*time.Millisecond)
+		}
+	}
+	return cells
+}
+
+// FigureByName finds a figure; the error of an unknown name lists the valid ones.
+func FigureByName(name string) (Figure, error) {
+	var names []string
+	for _, f := range Figures() {
+		if f.Spec.Name == name {
+			return f, nil
+		}
+		names = append(names, f.Spec.Name)
+	}
+	return Figure{}, usage("unknown figure %q; valid: %s", name, strings.Join(names, ", "))
+}
+
+// Variants lists the variants of figures.
+func Variants() []string { return []string{Thesis, Network} }
+
+// CheckVariant returns the variants that name stands for: itself, or all for "both".
+func CheckVariant(name string) ([]string, error) {
+	if name == "both" {
+		return Variants(), nil
+	}
+	for _, v := range Variants() {
+		if v == name {
+			return []string{v}, nil
+		}
+	}
+	return nil, usage("unknown variant %q; valid: %s, both", name, strings.Join(Variants(), ", "))
+}

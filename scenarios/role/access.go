@@ -1,0 +1,129 @@
+package role
+
+import (
+	"fmt"
+	"math"
+	"math/bits"
+	"math/rand/v2"
+	"slices"
+	"strings"
+)
+
+// Accesses lists the access patterns.
+func Accesses() []string { return []string{"seq", "random", "reverse", "zipf"} }
+
+// CheckAccess returns an error that lists the valid patterns unless name is one.
+func CheckAccess(name string) error {
+	if slices.Contains(Accesses(), name) {
+		return nil
+	}
+	return fmt.Errorf("unknown access pattern %q; valid: %s", name, strings.Join(Accesses(), ", "))
+}
+
+// sequence gives the pages that one thread visits, in order: pages [first,
+// first+n) of the region. It is a pure function of its fields, so that the
+// source can tell afterwards which pages were written.
+//
+// seq, reverse and random visit each page once (random in the order of an affine
+// permutation of full period); zipf visits n pages, rank r with a probability
+// proportional to 1/r^0.99 as in YCSB, ranks scattered over the pages.
+type sequence struct {
+	access   string
+	first, n int64
+	a, c     int64 // random: page i is (a*i + c) mod n
+	zipf     *zipf
+	i        int64
+}
+
+func newSequence(access string, first, n int64, seed uint64) *sequence {
+	rng := rand.New(rand.NewPCG(seed, uint64(first)))
+	s := &sequence{access: access, first: first, n: n}
+	if n > 0 {
+		for s.a = 1 + rng.Int64N(n); gcd(s.a, n) != 1; s.a = 1 + rng.Int64N(n) {
+		}
+		s.c = rng.Int64N(n)
+	}
+	if access == "zipf" {
+		s.zipf = newZipf(n, 0.99, rng)
+	}
+	return s
+}
+
+func gcd(a, b int64) int64 {
+	for b != 0 {
+		a, b = b, a%b
+	}
+	return a
+}
+
+// permute scatters i over [0, n).
+func (s *sequence) permute(i int64) int64 {
+	// 128-bit product, since a*i may overflow.
+	return int64(mulmod(uint64(s.a), uint64(i), uint64(s.n))+uint64(s.c)) % s.n
+}
+
+func mulmod(a, b, n uint64) uint64 {
+	hi, lo := bits.Mul64(a, b)
+	_, r := bits.Div64(hi%n, lo, n)
+	return r
+}
+
+// next returns the next page, or ok false at the end.
+func (s *sequence) next() (page int64, ok bool) {
+	if s.i >= s.n {
+		return 0, false
+	}
+	i := s.i
+	s.i++
+	switch s.access {
+	case "reverse":
+		i = s.n - 1 - i
+	case "random":
+		i = s.permute(i)
+	case "zipf":
+		i = s.permute(s.zipf.next())
+	}
+	return s.first + i, true
+}
+
+// zipf draws ranks in [0, n) by the method of Gray et al., "Quickly generating
+// billion-record synthetic databases", SIGMOD 1994, as YCSB does.
+type zipf struct {
+	n, theta, alpha, zetan, eta float64
+	rng                         *rand.Rand
+}
+
+func newZipf(n int64, theta float64, rng *rand.Rand) *zipf {
+	// zeta(n) summed exactly up to 10,000 terms and by its integral beyond.
+	zeta := func(n int64) float64 {
+		sum, exact := 0.0, min(n, 10000)
+		for i := int64(1); i <= exact; i++ {
+			sum += math.Pow(float64(i), -theta)
+		}
+		if n > exact {
+			sum += (math.Pow(float64(n), 1-theta) - math.Pow(float64(exact), 1-theta)) / (1 - theta)
+		}
+		return sum
+	}
+	z := &zipf{n: float64(n), theta: theta, alpha: 1 / (1 - theta), zetan: zeta(n), rng: rng}
+	z.eta = (1 - math.Pow(2/z.n, 1-theta)) / (1 - zeta(2)/z.zetan)
+	return z
+}
+
+func (z *zipf) next() int64 {
+	u := z.rng.Float64()
+	uz := u * z.zetan
+	if uz < 1 {
+		return 0
+	}
+	if uz < 1+math.Pow(0.5, z.theta) {
+		return min(1, int64(z.n)-1)
+	}
+	return min(int64(z.n*math.Pow(z.eta*u-z.eta+1, z.alpha)), int64(z.n)-1)
+}
+
+// split gives thread t of n its share of the pages: [first, first+count).
+func split(pages int64, t, n int) (first, count int64) {
+	first = pages * int64(t) / int64(n)
+	return first, pages*int64(t+1)/int64(n) - first
+}

@@ -1,0 +1,152 @@
+package role
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"time"
+
+	"memsync/strategies"
+	"memsync/strategies/all"
+	"memsync/strategies/backend"
+	"memsync/strategies/region"
+	"memsync/strategies/transport"
+)
+
+// MountArgs says what to mount and where the source is.
+type MountArgs struct {
+	Setup  Setup  `json:"setup"`
+	Source string `json:"source"` // host:port; empty with transport local
+}
+
+// Mounted is the answer to a mount.
+type Mounted struct {
+	Attachment strategies.Attachment `json:"attachment"`
+	Start, End int64                 // CLOCK_MONOTONIC, ns: Mount was called, Mount returned
+	Stats      strategies.Stats      `json:"stats"` // when Mount returned
+}
+
+// daemon is the process with the strategy's destination side.
+type daemon struct {
+	local region.Store // with transport local
+	mount strategies.Mount
+}
+
+func (d *daemon) ops() map[string]handler {
+	return map[string]handler{
+		"hold": on(d.hold), "mount": d.doMount, "faults": d.faults,
+		"sync":     on(func(ctx context.Context, _ none) (none, error) { return none{}, d.mount.Sync(ctx) }),
+		"stats":    on(func(context.Context, none) (strategies.Stats, error) { return d.mount.Stats(), nil }),
+		"verify":   on(func(ctx context.Context, a verifyArgs) (Verified, error) { return verifyStore(ctx, d.local, a) }),
+		"unmount":  on(d.unmount),
+		"counters": on(counters), "floors": on(daemonFloors),
+	}
+}
+
+// hold fills the region that the daemon itself holds (transport local), before any clock.
+func (d *daemon) hold(_ context.Context, s Setup) (_ none, err error) {
+	d.local, err = backend.Open(s.Backend, s.Dir)
+	return none{}, err
+}
+
+// remote implements strategies.Remote.
+type remote struct {
+	transport transport.Transport
+	dialer    transport.Dialer
+	options   transport.Options
+	local     region.Store
+}
+
+func (r remote) Open(ctx context.Context) (region.Store, error) {
+	if r.local != nil {
+		return keepOpen{r.local}, nil
+	}
+	return r.transport.Open(ctx, r.dialer, r.options)
+}
+
+func (r remote) Dial(ctx context.Context) (net.Conn, error) {
+	if r.local != nil {
+		return nil, fmt.Errorf("transport local has no connections: %w", region.ErrNotSupported)
+	}
+	return r.dialer.Dial(ctx)
+}
+
+// keepOpen is the daemon's own store, which outlives a mount: it is verified afterwards.
+type keepOpen struct{ region.Store }
+
+func (keepOpen) Close() error { return nil }
+
+// View passes the inner store's view on, so that a local store needs no copy.
+func (k keepOpen) View(off, n int64) ([]byte, bool) {
+	if v, ok := k.Store.(region.Viewer); ok {
+		return v.View(off, n)
+	}
+	return nil, false
+}
+
+func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.File) (any, []*os.File, error) {
+	closeAll(files)
+	var a MountArgs
+	if err := json.Unmarshal(body, &a); err != nil {
+		return nil, nil, err
+	}
+	st, params, err := a.Setup.Resolve()
+	if err != nil {
+		return nil, nil, err
+	}
+	r := remote{local: d.local}
+	if d.local != nil && a.Setup.Sleep > 0 {
+		r.local = backend.Delayed{Store: d.local, RTT: time.Duration(a.Setup.Sleep)}
+	}
+	if d.local == nil {
+		if r.transport, err = all.Transport(a.Setup.Transport); err != nil {
+			return nil, nil, err
+		}
+		r.options = all.TransportOptions(params)
+		r.options.Name, r.options.ReadOnly = "region", a.Setup.ReadOnly
+		var dial net.Dialer
+		r.dialer = transport.DialFunc(func(ctx context.Context) (net.Conn, error) { return dial.DialContext(ctx, "tcp", a.Source) })
+	}
+	m := Mounted{Start: monotonic()}
+	d.mount, err = st.Mount(ctx, r, strategies.Options{
+		Device: a.Setup.Device, Chunk: a.Setup.Chunk, PullWorkers: a.Setup.PullWorkers, PushWorkers: a.Setup.PushWorkers,
+		ReadOnly: a.Setup.ReadOnly, Dir: a.Setup.Dir, Params: params,
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	m.End, m.Stats, m.Attachment = monotonic(), d.mount.Stats(), d.mount.Attachment()
+	if f := m.Attachment.File; f != nil {
+		return m, []*os.File{f}, nil
+	}
+	return m, nil, nil
+}
+
+// faultsArgs says where the workload mapped what the passed userfaultfd watches.
+type faultsArgs struct {
+	Base uintptr `json:"base"`
+}
+
+func (d *daemon) faults(_ context.Context, body json.RawMessage, files []*os.File) (any, []*os.File, error) {
+	var a faultsArgs
+	if err := json.Unmarshal(body, &a); err != nil || len(files) != 1 {
+		closeAll(files)
+		return nil, nil, errors.Join(err, fmt.Errorf("faults: want one userfaultfd, got %d files", len(files)))
+	}
+	s, ok := d.mount.(strategies.FaultServer)
+	if !ok {
+		closeAll(files)
+		return nil, nil, fmt.Errorf("this mount serves no faults: %w", region.ErrNotSupported)
+	}
+	return none{}, nil, s.ServeFaults(files[0], a.Base)
+}
+
+func (d *daemon) unmount(ctx context.Context, _ none) (_ none, err error) {
+	if d.mount != nil {
+		err = d.mount.Close(ctx)
+	}
+	return none{}, err
+}

@@ -1,0 +1,202 @@
+package role
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+
+	"memsync/strategies"
+	"memsync/strategies/all"
+	"memsync/strategies/backend"
+	"memsync/strategies/param"
+	"memsync/strategies/region"
+	"memsync/strategies/transport"
+)
+
+// Setup is what the roles must know of a cell.
+type Setup struct {
+	Strategy    string       `json:"strategy"`
+	Device      string       `json:"device"`
+	Transport   string       `json:"transport"` // "local": the daemon holds the region
+	Backend     backend.Spec `json:"backend"`
+	Chunk       int64        `json:"chunk"`
+	PullWorkers int          `json:"pull_workers"`
+	PushWorkers int          `json:"push_workers"`
+	Settings    []string     `json:"settings"` // key=value, as set by the user
+	ReadOnly    bool         `json:"read_only"`
+	Sleep       int64        `json:"sleep"` // ns before each call of a local store (the sleep shaper)
+	Dir         string       `json:"dir"`   // scratch, removed by the runner
+}
+
+// Resolve looks the cell's strategy up and validates its parameters.
+func (s Setup) Resolve() (strategies.Strategy, param.Values, error) {
+	st, err := all.Registry().Get(s.Strategy)
+	if err != nil {
+		return nil, param.Values{}, err
+	}
+	v, err := param.New(all.Specs(st, s.Device, s.Transport), s.Settings)
+	return st, v, err
+}
+
+// Listening says where a source answers.
+type Listening struct {
+	Region string `json:"region"` // the strategy's protocol
+	Yard   string `json:"yard"`   // the yardsticks floor_tcp and floor_rr
+}
+
+// source is the process that has the data and serves a transport.
+type source struct {
+	store region.Store
+	setup Setup
+
+	mu    sync.Mutex
+	conns map[net.Conn]bool
+	wg    sync.WaitGroup
+	ls    []net.Listener
+	stop  context.CancelFunc
+}
+
+func (s *source) ops() map[string]handler {
+	return map[string]handler{
+		"open": on(s.open), "listen": on(s.listen), "verify": on(s.verify), "close": on(s.close), "counters": on(counters),
+	}
+}
+
+func (s *source) open(_ context.Context, setup Setup) (_ none, err error) {
+	s.setup = setup
+	s.store, err = backend.Open(setup.Backend, setup.Dir)
+	return none{}, err
+}
+
+// listenArgs names the address (without a port) to listen on.
+type listenArgs struct {
+	Addr string `json:"addr"`
+}
+
+func (s *source) listen(_ context.Context, a listenArgs) (l Listening, err error) {
+	st, params, err := s.setup.Resolve()
+	if err != nil {
+		return l, err
+	}
+	tr, err := all.Transport(s.setup.Transport)
+	if err != nil {
+		return l, err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	s.stop = cancel
+	s.conns = map[net.Conn]bool{}
+	region, err := s.accept(ctx, a.Addr, func(c net.Conn) {
+		if err := st.Serve(ctx, tr, c, transport.One{Name: "region", Store: s.store}, params); err != nil && ctx.Err() == nil {
+			fmt.Fprintln(os.Stderr, "source: serve:", err)
+		}
+	})
+	if err != nil {
+		return l, err
+	}
+	yard, err := s.accept(ctx, a.Addr, serveYard)
+	return Listening{Region: region, Yard: yard}, err
+}
+
+// accept listens on a free port of addr and calls serve for each connection.
+func (s *source) accept(ctx context.Context, addr string, serve func(net.Conn)) (string, error) {
+	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort(addr, "0"))
+	if err != nil {
+		return "", err
+	}
+	s.ls = append(s.ls, l)
+	s.wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				if !errors.Is(err, net.ErrClosed) {
+					fmt.Fprintln(os.Stderr, "source: accept:", err)
+				}
+				return
+			}
+			s.mu.Lock()
+			s.conns[c] = true
+			s.mu.Unlock()
+			s.wg.Go(func() {
+				defer func() {
+					c.Close()
+					s.mu.Lock()
+					delete(s.conns, c)
+					s.mu.Unlock()
+				}()
+				serve(c)
+			})
+		}
+	})
+	return l.Addr().String(), nil
+}
+
+// verifyArgs is what the workload did, for the source to check its own content.
+type verifyArgs struct {
+	Work    Work    `json:"work"`
+	Touched Touched `json:"touched"`
+}
+
+// verifyStore compares a store with the first content, changed by what the
+// workload says it wrote.
+func verifyStore(ctx context.Context, s region.Store, a verifyArgs) (v Verified, err error) {
+	k := a.Work
+	var in *os.File
+	if k.Input != "" {
+		if in, err = os.Open(k.Input); err != nil {
+			return v, err
+		}
+		defer in.Close()
+	}
+	wrote := make([]bool, region.Chunks(k.Size, page))
+	for t, seq := range k.sequences() {
+		for i := int64(0); i < a.Touched.Ops[t]; i++ {
+			p, _ := seq.next()
+			wrote[p] = wrote[p] || k.writes(i)
+		}
+	}
+	got, want := make([]byte, page), make([]byte, page)
+	for p := range wrote {
+		off, n := k.pageRange(int64(p))
+		if err := s.ReadAt(ctx, got[:n], off); err != nil {
+			return v, err
+		}
+		if wrote[p] {
+			k.written().Fill(want[:n], off)
+		} else if err := k.expect(in, want[:n], off); err != nil {
+			return v, err
+		}
+		if !bytes.Equal(got[:n], want[:n]) {
+			return v, fmt.Errorf("verify the source: page at offset %d (written: %t): %w", off, wrote[p], region.ErrMismatch)
+		}
+		v.Bytes += n
+	}
+	return v, nil
+}
+
+func (s *source) verify(ctx context.Context, a verifyArgs) (Verified, error) {
+	return verifyStore(ctx, s.store, a)
+}
+
+func (s *source) close(context.Context, none) (_ none, err error) {
+	if s.stop != nil {
+		s.stop()
+		for _, l := range s.ls {
+			err = errors.Join(err, l.Close())
+		}
+		s.mu.Lock()
+		for c := range s.conns {
+			c.Close()
+		}
+		s.mu.Unlock()
+		s.wg.Wait()
+		s.stop = nil
+	}
+	if s.store != nil {
+		err = errors.Join(err, s.store.Close())
+	}
+	return none{}, err
+}

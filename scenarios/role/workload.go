@@ -1,0 +1,323 @@
+package role
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/HdrHistogram/hdrhistogram-go"
+	"golang.org/x/sys/unix"
+
+	"memsync/strategies"
+	"memsync/strategies/attach"
+	"memsync/strategies/region"
+)
+
+// page is what the workload touches at once: 4 KiB, the MMU's unit, as in the thesis.
+const page = 4096
+
+// Work says what a workload does. The source replays it to know what was written.
+type Work struct {
+	Op      string         `json:"op"` // read, write, mixed (every second touch writes)
+	Access  string         `json:"access"`
+	Threads int            `json:"threads"` // each works on its own part of the region
+	Think   time.Duration  `json:"think"`   // pause after each touch
+	Limit   int64          `json:"limit"`   // bytes to touch; -1 is the whole region; 0 only the first chunk
+	Budget  time.Duration  `json:"budget"`  // stop after this time
+	Seed    uint64         `json:"seed"`
+	Size    int64          `json:"size"` // bytes of the region
+	Content region.Content `json:"content"`
+	Input   string         `json:"input,omitempty"` // the file that the region must equal
+	Via     string         `json:"via"`             // map, file or path
+}
+
+// Touched is what was done; ops counts the touches of each thread, in the order
+// of its sequence.
+type Touched struct {
+	Ops   []int64 `json:"ops"`
+	Bytes int64   `json:"bytes"`
+	Start int64   `json:"start"` // CLOCK_MONOTONIC, ns: first touch begins
+	End   int64   `json:"end"`   // last touch returned
+	First int64   `json:"first"` // ns the first load took; 0 where none was made
+	Last  bool    `json:"last"`  // all of the limit was reached within the budget
+	// Hist is the HDR histogram (ns) of all touches, V2 compressed, base64.
+	Hist                []byte `json:"hist"`
+	P50, P99, P999, Max int64  // ns
+}
+
+// written is the generation of content that the workload writes.
+func (w Work) written() region.Content {
+	return region.Content{Seed: w.Content.Seed, Generation: w.Content.Generation + 1}
+}
+
+// sequences returns each thread's order of pages.
+func (w Work) sequences() []*sequence {
+	pages := region.Chunks(w.Size, page)
+	s := make([]*sequence, w.Threads)
+	for t := range s {
+		first, n := split(pages, t, w.Threads)
+		s[t] = newSequence(w.Access, first, n, w.Seed+uint64(t))
+	}
+	return s
+}
+
+// writes reports whether a thread's i-th touch is a store.
+func (w Work) writes(i int64) bool { return w.Op == "write" || w.Op == "mixed" && i%2 == 1 }
+
+// pageRange is the byte range of a page; the region's last page may be short.
+func (w Work) pageRange(p int64) (off, n int64) { return p * page, min(page, w.Size-p*page) }
+
+// expect fills buf with the region's first content at off.
+func (w Work) expect(in *os.File, buf []byte, off int64) error {
+	if in == nil {
+		w.Content.Fill(buf, off)
+		return nil
+	}
+	if n, err := in.ReadAt(buf, off); n < len(buf) {
+		return fmt.Errorf("input %s: read %d bytes at %d: %w", w.Input, len(buf), off, err)
+	}
+	return nil
+}
+
+// workload is the process that maps the region and touches it.
+type workload struct {
+	view *attach.View
+	work Work
+	in   *os.File
+	// buf is where what is read goes, page p at p*page; out is what is written.
+	buf, out []byte
+	// seen[p] says what the last load of page p must have found: 0 not loaded,
+	// 1 the first content, 2 what the workload itself wrote.
+	seen, wrote []byte
+}
+
+func (w *workload) ops() map[string]handler {
+	return map[string]handler{
+		"prepare": on(w.prepare), "attach": w.attach, "run": on(w.run), "verify": on(w.verify),
+		"sync":     on(func(context.Context, none) (none, error) { return none{}, w.view.Sync() }),
+		"detach":   on(w.detach),
+		"counters": on(counters), "floors": on(w.floors),
+	}
+}
+
+// anonymous returns n bytes of memory whose pages are there already.
+func anonymous(n int64, flags int) ([]byte, error) {
+	b, err := unix.Mmap(-1, 0, int(region.RoundUp(max(n, 1), page)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|flags)
+	if err != nil {
+		return nil, fmt.Errorf("map %d bytes of memory: %w", n, err)
+	}
+	return b[:n], nil
+}
+
+// prepare makes the buffers, before any clock runs.
+func (w *workload) prepare(_ context.Context, work Work) (none, error) {
+	w.work = work
+	// A thread that waits for a page holds its P, so there must be more of them.
+	runtime.GOMAXPROCS(work.Threads + 2)
+	debug.SetGCPercent(-1) // the collector must not run into a page that is not there yet
+	if work.Input != "" {
+		in, err := os.Open(work.Input)
+		if err != nil {
+			return none{}, fmt.Errorf("input: %w", err)
+		}
+		w.in = in
+	}
+	pages := region.Chunks(work.Size, page)
+	w.seen, w.wrote = make([]byte, pages), make([]byte, pages)
+	touched := work.Size
+	if work.Limit >= 0 && work.Access == "seq" && work.Threads == 1 {
+		touched = min(work.Size, max(work.Limit, 2*page))
+	}
+	var err error
+	// Only what will be touched is populated; the rest is address space.
+	if w.buf, err = anonymous(work.Size, unix.MAP_NORESERVE); err != nil {
+		return none{}, err
+	}
+	if err = unix.Madvise(w.buf[:region.RoundUp(touched, page)], unix.MADV_POPULATE_WRITE); err != nil {
+		return none{}, fmt.Errorf("populate the %d bytes that are read into: %w", touched, err)
+	}
+	if work.Op != "read" {
+		if w.out, err = anonymous(work.Size, 0); err != nil {
+			return none{}, err
+		}
+		work.written().Fill(w.out, 0)
+	}
+	return none{}, nil
+}
+
+// Attached says when and where the region became usable.
+type Attached struct {
+	Usable int64   `json:"usable"` // CLOCK_MONOTONIC, ns
+	Fault  bool    `json:"fault"`  // a userfaultfd came back and wants serving at Base
+	Base   uintptr `json:"base"`
+}
+
+func (w *workload) attach(_ context.Context, body json.RawMessage, files []*os.File) (any, []*os.File, error) {
+	var a strategies.Attachment
+	if err := json.Unmarshal(body, &a); err != nil {
+		closeAll(files)
+		return nil, nil, err
+	}
+	if len(files) > 0 {
+		a.File = files[0]
+	}
+	defer closeAll(files)
+	v, err := attach.Open(a, attach.Options{Via: w.work.Via})
+	if err != nil {
+		return nil, nil, err
+	}
+	w.view = v
+	r := Attached{Usable: monotonic()}
+	if f, base, ok := v.Fault(); ok {
+		r.Fault, r.Base = true, base
+		return r, []*os.File{f}, nil
+	}
+	return r, nil, nil
+}
+
+func newHistogram() *hdrhistogram.Histogram { return hdrhistogram.New(10, int64(time.Hour), 3) }
+
+// run touches the region as told and times each touch.
+func (w *workload) run(ctx context.Context, _ none) (Touched, error) {
+	k := w.work
+	t := Touched{Ops: make([]int64, k.Threads), Start: monotonic()}
+	if k.Op != "write" {
+		// The second page, as in the thesis; the only one where there is no second.
+		p := min(1, region.Chunks(k.Size, page)-1)
+		off, n := k.pageRange(p)
+		if err := w.view.ReadAt(w.buf[off:off+n], off); err != nil {
+			return t, err
+		}
+		t.End = monotonic()
+		t.First = t.End - t.Start
+		w.seen[p] = 1
+	}
+	deadline := t.Start + int64(k.Budget)
+	type part struct {
+		bytes, end int64
+		all        bool
+		hist       *hdrhistogram.Histogram
+		err        error
+	}
+	parts := make([]part, k.Threads)
+	var wg sync.WaitGroup
+	for i, seq := range k.sequences() {
+		limit := seq.n
+		if k.Limit >= 0 {
+			_, limit = split(min(region.Chunks(k.Limit, page), region.Chunks(k.Size, page)), i, k.Threads)
+		}
+		parts[i].hist = newHistogram()
+		wg.Go(func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			p := &parts[i]
+			now := monotonic()
+			for p.all = true; t.Ops[i] < limit; {
+				if now > deadline || ctx.Err() != nil {
+					p.all = false
+					break
+				}
+				pg, ok := seq.next()
+				if !ok {
+					break
+				}
+				off, n := k.pageRange(pg)
+				if k.writes(t.Ops[i]) {
+					p.err = w.view.WriteAt(w.out[off:off+n], off)
+					w.wrote[pg] = 1
+				} else {
+					p.err = w.view.ReadAt(w.buf[off:off+n], off)
+					w.seen[pg] = 1 + w.wrote[pg]
+				}
+				if p.err != nil {
+					p.all = false
+					break
+				}
+				end := monotonic()
+				_ = p.hist.RecordValue(end - now)
+				now = end
+				t.Ops[i]++
+				p.bytes += n
+				p.end = end
+				if k.Think > 0 {
+					time.Sleep(k.Think)
+					now = monotonic()
+				}
+			}
+		})
+	}
+	wg.Wait()
+	hist := newHistogram()
+	t.Last = true
+	var errs []error
+	for _, p := range parts {
+		t.Bytes += p.bytes
+		t.End = max(t.End, p.end)
+		t.Last = t.Last && p.all
+		hist.Merge(p.hist)
+		errs = append(errs, p.err)
+	}
+	if t.First > 0 {
+		// A first chunk that has been timed on its own is a touch like the others.
+		_ = hist.RecordValue(t.First)
+	}
+	t.P50, t.P99, t.P999, t.Max = hist.ValueAtQuantile(50), hist.ValueAtQuantile(99), hist.ValueAtQuantile(99.9), hist.Max()
+	var err error
+	if t.Hist, err = hist.Encode(hdrhistogram.V2CompressedEncodingCookieBase); err != nil {
+		errs = append(errs, err)
+	}
+	if err := ctx.Err(); err != nil {
+		errs = append(errs, err)
+	}
+	return t, errors.Join(errs...)
+}
+
+// Verified says how many bytes were compared.
+type Verified struct {
+	Bytes int64 `json:"bytes"`
+}
+
+// verify compares every byte that was read with what it must be.
+func (w *workload) verify(ctx context.Context, _ none) (v Verified, err error) {
+	k := w.work
+	want := make([]byte, page)
+	for p, s := range w.seen {
+		if s == 0 {
+			continue
+		}
+		off, n := k.pageRange(int64(p))
+		got := w.buf[off : off+n]
+		v.Bytes += n
+		switch {
+		case s == 2:
+			err = k.written().Check(got, off)
+		case w.in == nil:
+			err = k.Content.Check(got, off)
+		default:
+			if err = k.expect(w.in, want[:n], off); err == nil && !bytes.Equal(got, want[:n]) {
+				err = fmt.Errorf("page at offset %d differs from %s: %w", off, k.Input, region.ErrMismatch)
+			}
+		}
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return v, fmt.Errorf("verify what was read: %w", err)
+		}
+	}
+	return v, nil
+}
+
+func (w *workload) detach(context.Context, none) (none, error) {
+	if w.view == nil {
+		return none{}, nil
+	}
+	return none{}, w.view.Close()
+}

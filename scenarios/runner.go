@@ -1,0 +1,695 @@
+package scenarios
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"memsync/netem"
+	"memsync/results"
+	"memsync/scenarios/role"
+	"memsync/strategies"
+	"memsync/strategies/region"
+)
+
+// Item is one run of a sweep.
+type Item struct {
+	Cell  *Cell
+	Run   int // from 1
+	ID    string
+	Order int // position in the shuffled order, from 0
+	Seed  uint64
+}
+
+// Plan makes the runs of a sweep: every cell n times, shuffled by the seed, so
+// that drift of the machine spreads over all cells. Run and Seed of an item
+// depend on the cell and the sweep's seed only.
+func Plan(cells []*Cell, n int, seed uint64) []Item {
+	var items []Item
+	for _, c := range cells {
+		key := c.Key()
+		for run := 1; run <= n; run++ {
+			var k uint64
+			_, _ = fmt.Sscanf(key, "%x", &k)
+			items = append(items, Item{Cell: c, Run: run, ID: fmt.Sprintf("%s-%d", key, run),
+				Seed: rand.NewPCG(seed^k, uint64(run)).Uint64()})
+		}
+	}
+	rng := rand.New(rand.NewPCG(seed, 0))
+	rng.Shuffle(len(items), func(i, j int) { items[i], items[j] = items[j], items[i] })
+	for i := range items {
+		items[i].Order = i
+	}
+	return items
+}
+
+// Shard keeps every n-th item, beginning with the i-th (from 1), of a plan.
+func Shard(items []Item, i, n int) []Item {
+	var mine []Item
+	for k, it := range items {
+		if k%n == i-1 {
+			mine = append(mine, it)
+		}
+	}
+	return mine
+}
+
+// Outcome is what a run gave.
+type Outcome struct {
+	Item
+	Status    results.Status
+	Err       error
+	Verified  bool // every byte that was read, and after writes the source, was compared
+	Values    map[string]float64
+	Histogram []byte // HDR, V2 compressed, base64: nanoseconds of every touch
+	RTT       time.Duration
+	Rate      float64 // bit/s measured on the link; 0 where it has none
+	Took      time.Duration
+}
+
+// Rows returns the outcome as records.
+func (o *Outcome) Rows() ([]results.Row, error) {
+	r := o.Cell.Row()
+	r.RunID, r.Run, r.Order, r.Seed, r.Status = o.ID, o.Run, o.Order, o.Seed, o.Status
+	if o.RTT > 0 {
+		r.RTTMeasuredms = results.Num(float64(o.RTT) / 1e6)
+	}
+	if o.Rate > 0 {
+		r.RateMeasuredMbit = results.Num(o.Rate / 1e6)
+	}
+	if o.Err != nil {
+		r.Error = o.Err.Error()
+	}
+	return results.RunRows(r, o.Values, o.Took.Seconds())
+}
+
+// Runner runs items one after another. It keeps the links of a sweep open, each
+// calibrated once. It must run inside the sandbox (see EnterSandbox). Its methods
+// must not be called concurrently.
+type Runner struct {
+	Scratch string // an existing folder
+	Seed    uint64
+	// Log gets a line for what the reader of a progress bar should know; may be nil.
+	Log func(format string, args ...any)
+
+	links   map[linkKey]*link
+	floors  map[floorKey][]float64 // floor_tcp, B/s
+	touched bool
+}
+
+type linkKey struct {
+	shaper  netem.Shaper
+	profile netem.Profile
+	cc      string
+}
+
+type floorKey struct {
+	linkKey
+	bytes int64
+	cpus  string
+}
+
+type link struct {
+	*netem.Link
+	calibration netem.Calibration
+	err         error // why it cannot be used
+}
+
+// floorStreams is how many bulk streams are sent for a link and size; floor_tcp
+// of a run is the median of those sent so far.
+const floorStreams = 3
+
+// Close takes the links down.
+func (r *Runner) Close() error {
+	var errs []error
+	for _, l := range r.links {
+		if l.Link != nil {
+			errs = append(errs, l.Link.Close())
+		}
+	}
+	r.links = nil
+	return errors.Join(errs...)
+}
+
+// Evidence returns what was read back from each link, and its calibration.
+func (r *Runner) Evidence() (links, calibrations []json.RawMessage) {
+	for _, l := range r.links {
+		if l.Link == nil {
+			continue
+		}
+		if b, err := json.Marshal(l.Link.Evidence()); err == nil {
+			links = append(links, b)
+		}
+		if b, err := json.Marshal(l.calibration); err == nil {
+			calibrations = append(calibrations, b)
+		}
+	}
+	return links, calibrations
+}
+
+func (r *Runner) logf(format string, args ...any) {
+	if r.Log != nil {
+		r.Log(format, args...)
+	}
+}
+
+// link opens and calibrates the cell's link, once.
+func (r *Runner) link(ctx context.Context, c *Cell) (*link, error) {
+	if c.Transport == "local" {
+		return nil, nil
+	}
+	k := c.linkKey()
+	if l, ok := r.links[k]; ok {
+		return l, l.err
+	}
+	l := &link{}
+	l.Link, l.err = netem.Open(ctx, k.shaper, k.profile, netem.Options{Seed: r.Seed, Congestion: k.cc})
+	if l.err == nil {
+		r.logf("calibrating the link: %s, RTT %v, rate %s", k.shaper, k.profile.RTT, rateText(k.profile.Rate))
+		if l.calibration, l.err = l.Calibrate(ctx); l.err != nil {
+			l.err = errors.Join(l.err, l.Link.Close())
+			l.Link = nil
+		}
+	}
+	if ctx.Err() == nil { // what was only interrupted is tried again
+		if r.links == nil {
+			r.links = map[linkKey]*link{}
+		}
+		r.links[k] = l
+	}
+	return l, l.err
+}
+
+func rateText(rate int64) string {
+	if rate == 0 {
+		return "unlimited"
+	}
+	return fmt.Sprintf("%g Mbit/s", float64(rate)/1e6)
+}
+
+func (c *Cell) linkKey() linkKey {
+	k := linkKey{shaper: c.Shaper, profile: c.Link}
+	if c.params.Has("congestion") {
+		k.cc = c.params.Text("congestion")
+	}
+	k.profile.Name, k.profile.Doc = "", ""
+	return k
+}
+
+// touchMemory makes the kernel back the memory that runs will need: the first
+// touch of a virtual machine's memory costs several times more than later ones.
+func (r *Runner) touchMemory(size int64) error {
+	if r.touched {
+		return nil
+	}
+	r.touched = true
+	m, err := unix.Mmap(-1, 0, int(min(4*size, 2<<30)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	if err != nil {
+		return fmt.Errorf("touch the memory budget: %w", err)
+	}
+	return unix.Munmap(m)
+}
+
+// margin is what a run may take beyond its time budget before it counts as hung.
+const margin = 30 * time.Second
+
+// Run makes one run and returns what it gave; it never fails itself. A run that
+// ctx ends has status interrupted. Whatever happens, all processes and mounts of
+// the run are gone when Run returns.
+func (r *Runner) Run(ctx context.Context, it Item) (o Outcome) {
+	began := time.Now()
+	o = Outcome{Item: it, Values: map[string]float64{}}
+	defer func() {
+		o.Took = time.Since(began)
+		if o.Err == nil {
+			o.Values["harness_overhead"] = (o.Took - o.measured()).Seconds()
+		}
+		o.Status = o.status(ctx)
+	}()
+	if o.Err = it.Cell.Missing; o.Err != nil {
+		return o
+	}
+	if o.Err = r.touchMemory(it.Cell.Size); o.Err != nil {
+		return o
+	}
+	l, err := r.link(ctx, it.Cell)
+	if err != nil {
+		o.Err = err
+		return o
+	}
+	began = time.Now() // opening and calibrating a link is the sweep's, not the run's
+	// A link at 100 % loss or a hung process must not hold the sweep.
+	limit := margin + it.Cell.Budget + 20*it.Cell.Link.RTT
+	if it.Cell.Op != "read" && it.Cell.Link.Rate > 0 { // Sync moves what was written
+		limit += time.Duration(float64(it.Cell.Size*8) / float64(it.Cell.Link.Rate) * 2e9)
+	}
+	rctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	one := &run{Runner: r, cell: it.Cell, seed: it.Seed, link: l, out: &o}
+	o.Err = one.do(rctx)
+	return o
+}
+
+// measured is the part of a run that is not harness: open to the last touch, and Sync.
+func (o *Outcome) measured() time.Duration {
+	s := o.Values["time_to_last_byte"]
+	if t, ok := o.Values["total_time"]; ok {
+		s = max(s, t)
+	}
+	return time.Duration(s * 1e9)
+}
+
+func (o *Outcome) status(ctx context.Context) results.Status {
+	switch {
+	case ctx.Err() != nil:
+		o.Err = errors.Join(errors.New("interrupted"), o.Err)
+		return results.StatusInterrupted
+	case o.Err == nil:
+		return results.StatusOK
+	case errors.Is(o.Err, region.ErrMismatch):
+		return results.StatusCorrupt
+	case errors.Is(o.Err, errUncalibrated):
+		return results.StatusUncalibrated
+	case errors.Is(o.Err, context.DeadlineExceeded), errors.Is(o.Err, os.ErrDeadlineExceeded):
+		return results.StatusTimeout
+	case errors.Is(o.Err, region.ErrNotSupported), errors.Is(o.Err, netem.ErrNotSupported):
+		return results.StatusUnsupported
+	}
+	return results.StatusFailed
+}
+
+var errUncalibrated = errors.New("the link is not what it should be")
+
+// run is one run under way.
+type run struct {
+	*Runner
+	cell *Cell
+	seed uint64
+	link *link // nil with transport local
+	out  *Outcome
+
+	source, daemon, workload *role.Process
+}
+
+func (r *run) do(ctx context.Context) (err error) {
+	if r.link != nil {
+		before, err := r.echo(ctx)
+		if err != nil {
+			return err
+		}
+		defer func() {
+			if err == nil {
+				var after time.Duration
+				after, err = r.echo(ctx)
+				r.out.RTT = (before + after) / 2
+				r.out.Values["rtt_measured"] = r.out.RTT.Seconds()
+			}
+		}()
+		r.out.RTT = before
+		cal := r.link.calibration
+		if len(cal.Rates) > 0 {
+			r.out.Rate = cal.Rates[0].Measured
+			r.out.Values["rate_measured"] = r.out.Rate
+		}
+		if cal.Goodput > 0 {
+			r.out.Values["tcp_goodput"] = cal.Goodput / 8
+		}
+		if !r.link.calibration.Accepted {
+			defer func() {
+				if err == nil {
+					err = fmt.Errorf("%w: %v", errUncalibrated, r.link.calibration.Reasons)
+				}
+			}()
+		}
+	}
+	dir, err := os.MkdirTemp(r.Scratch, "run-")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		UnmountBelow(dir)
+		err = errors.Join(err, os.RemoveAll(dir))
+	}()
+	defer func() { err = errors.Join(err, r.stop(ctx, err != nil)) }()
+	if err := r.start(ctx); err != nil {
+		return err
+	}
+	return r.measure(ctx, r.cell.setup(r.seed, dir), r.cell.work(r.seed))
+}
+
+// echo measures the RTT, and says whether it is what it should be.
+func (r *run) echo(ctx context.Context) (time.Duration, error) {
+	e, err := r.link.Echo(ctx, 10)
+	if err != nil {
+		return 0, fmt.Errorf("measure the RTT: %w", err)
+	}
+	if err := r.link.AcceptRTT(e); err != nil {
+		return e.Median, fmt.Errorf("%w: %w", errUncalibrated, err)
+	}
+	return e.Median, nil
+}
+
+func (r *run) start(ctx context.Context) error {
+	place, err := ParsePlacement(r.cell.CPUs)
+	if err != nil {
+		return err
+	}
+	var g errgroup.Group
+	begin := func(p **role.Process, name string, side func(*netem.Link) *netem.Namespace) {
+		g.Go(func() (err error) {
+			if r.link == nil {
+				*p, err = role.Start(ctx, name, place[name], nil)
+			} else {
+				*p, err = role.Start(ctx, name, place[name], side(r.link.Link))
+			}
+			return err
+		})
+	}
+	if r.link != nil {
+		begin(&r.source, role.Source, (*netem.Link).Source)
+	}
+	begin(&r.daemon, role.Daemon, (*netem.Link).Destination)
+	begin(&r.workload, role.Workload, (*netem.Link).Destination)
+	return g.Wait()
+}
+
+// stop ends the processes: the workload first, since only it can be waiting for
+// the others. After a failure they are killed at once.
+func (r *run) stop(ctx context.Context, failed bool) error {
+	if failed {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithCancel(ctx)
+		cancel()
+	}
+	var errs []error
+	for _, p := range []*role.Process{r.workload, r.daemon, r.source} {
+		if p != nil {
+			errs = append(errs, p.Stop(ctx))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// processes returns those that run, by name.
+func (r *run) processes() map[string]*role.Process {
+	m := map[string]*role.Process{"daemon": r.daemon, "workload": r.workload}
+	if r.source != nil {
+		m["source"] = r.source
+	}
+	return m
+}
+
+// counters asks all roles at once.
+func (r *run) counters(ctx context.Context) (map[string]role.Counters, error) {
+	m := map[string]role.Counters{}
+	got := map[string]*role.Counters{}
+	var g errgroup.Group
+	for name, p := range r.processes() {
+		c := &role.Counters{}
+		got[name] = c
+		g.Go(func() error { _, err := p.Ask(ctx, "counters", struct{}{}, c); return err })
+	}
+	err := g.Wait()
+	for name, c := range got {
+		m[name] = *c
+	}
+	return m, err
+}
+
+func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) error {
+	c, v := r.cell, r.out.Values
+	if c.Shaper == netem.ShaperSleep {
+		setup.Sleep = int64(c.Link.RTT)
+	}
+	// Before any clock: content in place, buffers touched.
+	mount := role.MountArgs{Setup: setup}
+	var at role.Listening
+	var g errgroup.Group
+	g.Go(func() error { _, err := r.workload.Ask(ctx, "prepare", work, nil); return err })
+	if r.source == nil {
+		g.Go(func() error { _, err := r.daemon.Ask(ctx, "hold", setup, nil); return err })
+	} else {
+		g.Go(func() error {
+			if _, err := r.source.Ask(ctx, "open", setup, nil); err != nil {
+				return err
+			}
+			_, err := r.source.Ask(ctx, "listen", map[string]string{"addr": r.link.Source().Addr().String()}, &at)
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	mount.Source = at.Region
+	if err := r.floorTCP(ctx, at.Yard); err != nil {
+		return err
+	}
+	var wire netem.Counters
+	var err error
+	if r.link != nil {
+		if wire, err = r.link.Counters(); err != nil {
+			return err
+		}
+	}
+
+	// Open.
+	var m role.Mounted
+	files, err := r.daemon.Ask(ctx, "mount", mount, &m)
+	if err != nil {
+		return err
+	}
+	var a role.Attached
+	uffd, err := r.workload.Ask(ctx, "attach", m.Attachment, &a, files...)
+	closeFiles(files)
+	if err != nil {
+		return err
+	}
+	if a.Fault {
+		_, err := r.daemon.Ask(ctx, "faults", map[string]uintptr{"base": a.Base}, nil, uffd...)
+		closeFiles(uffd)
+		if err != nil {
+			return err
+		}
+	}
+	v["open_latency"] = seconds(a.Usable - m.Start)
+	v["preemptive_pull_bytes"] = float64(m.Stats.PreemptiveBytes)
+
+	// Measure.
+	before, err := r.counters(ctx)
+	if err != nil {
+		return err
+	}
+	steal := stealTime()
+	var t role.Touched
+	if _, err := r.workload.Ask(ctx, "run", struct{}{}, &t); err != nil {
+		return err
+	}
+	v["steal_time"] = stealTime() - steal
+	after, err := r.counters(ctx)
+	if err != nil {
+		return err
+	}
+	r.out.Histogram = t.Hist
+	r.touches(m, t)
+	for name, b := range before {
+		e := after[name]
+		v["cpu_"+name] = e.CPU - b.CPU
+		v["rss_"+name] = float64(e.RSS)
+		v["minor_faults_"+name] = float64(e.MinorFaults - b.MinorFaults)
+		v["major_faults_"+name] = float64(e.MajorFaults - b.MajorFaults)
+		v["context_switches_"+name] = float64(e.ContextSwitches - b.ContextSwitches)
+	}
+
+	// The clock stands still from here, but for Sync.
+	if c.Op != "read" {
+		if _, err := r.workload.Ask(ctx, "sync", struct{}{}, nil); err != nil {
+			return err
+		}
+		if _, err := r.daemon.Ask(ctx, "sync", struct{}{}, nil); err != nil {
+			return err
+		}
+		v["total_time"] = seconds(monotonic() - t.Start)
+	}
+	var s strategies.Stats
+	if _, err := r.daemon.Ask(ctx, "stats", struct{}{}, &s); err != nil {
+		return err
+	}
+	r.stats(s)
+	if err := r.verify(ctx, work, t); err != nil {
+		return err
+	}
+	if _, err := r.workload.Ask(ctx, "detach", struct{}{}, nil); err != nil {
+		return err
+	}
+	if _, err := r.daemon.Ask(ctx, "unmount", struct{}{}, nil); err != nil {
+		return err
+	}
+	if r.link != nil {
+		end, err := r.link.Counters()
+		if err != nil {
+			return err
+		}
+		v["wire_tx_bytes"] = float64(end.SourceTx.Bytes - wire.SourceTx.Bytes)
+		v["wire_rx_bytes"] = float64(end.DestinationTx.Bytes - wire.DestinationTx.Bytes)
+	}
+	if c.Floors {
+		if err := r.floors(ctx, at.Yard); err != nil {
+			return err
+		}
+	}
+	if r.source != nil {
+		if _, err := r.source.Ask(ctx, "close", struct{}{}, nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// touches turns what the workload did into metrics.
+func (r *run) touches(m role.Mounted, t role.Touched) {
+	v, c := r.out.Values, r.cell
+	if t.First > 0 {
+		v["latency_first_chunk"] = seconds(t.First)
+	}
+	v["bytes_done"] = float64(t.Bytes)
+	v["time_to_last_byte"] = seconds(t.End - m.Start)
+	if t.Bytes == 0 {
+		return
+	}
+	v["throughput"] = float64(t.Bytes) / seconds(t.End-t.Start)
+	v["fault_latency_p50"], v["fault_latency_p99"] = seconds(t.P50), seconds(t.P99)
+	v["fault_latency_p999"], v["fault_latency_max"] = seconds(t.P999), seconds(t.Max)
+	rate := float64(t.Bytes) / v["time_to_last_byte"]
+	if c.Link.Rate > 0 && r.link != nil {
+		v["rate_utilisation"] = rate * 8 / float64(c.Link.Rate)
+	}
+	if f, ok := v["floor_tcp"]; ok && f > 0 {
+		v["link_utilisation"] = rate / f
+	}
+}
+
+func (r *run) stats(s strategies.Stats) {
+	v := r.out.Values
+	v["demand_requests"], v["demand_bytes"] = float64(s.DemandRequests), float64(s.DemandBytes)
+	v["prefetch_requests"], v["prefetch_bytes"] = float64(s.PrefetchRequests), float64(s.PrefetchBytes)
+	v["push_requests"], v["push_bytes"] = float64(s.PushRequests), float64(s.PushBytes)
+	v["payload_bytes"] = float64(s.DemandBytes + s.PrefetchBytes + s.PushBytes)
+	for name, n := range s.Extra {
+		v[name] = float64(n)
+	}
+}
+
+// verify compares what was read, and after writes what the source has, with
+// what they must be.
+func (r *run) verify(ctx context.Context, work role.Work, t role.Touched) error {
+	var seen role.Verified
+	if _, err := r.workload.Ask(ctx, "verify", struct{}{}, &seen); err != nil {
+		return err
+	}
+	if r.cell.Op != "read" {
+		t.Hist = nil // the source needs only the counts
+		holder := r.source
+		if holder == nil {
+			holder = r.daemon
+		}
+		if _, err := holder.Ask(ctx, "verify", map[string]any{"work": work, "touched": t}, nil); err != nil {
+			return err
+		}
+	}
+	r.out.Verified = true
+	return nil
+}
+
+// floorTCP sends a bulk stream before each of the first runs on a link and sets
+// floor_tcp to the median so far, where the cell wants yardsticks.
+func (r *run) floorTCP(ctx context.Context, addr string) error {
+	c := r.cell
+	if !c.Floors || r.link == nil || c.Limit == 0 {
+		return nil
+	}
+	n := c.Size
+	if c.Limit > 0 {
+		n = min(n, c.Limit)
+	}
+	k := floorKey{c.linkKey(), n, c.CPUs}
+	if r.Runner.floors == nil {
+		r.Runner.floors = map[floorKey][]float64{}
+	}
+	if len(r.Runner.floors[k]) < floorStreams {
+		var f role.Floors
+		if _, err := r.daemon.Ask(ctx, "floors", role.DaemonFloorArgs{Addr: addr, Bulk: n}, &f); err != nil {
+			return err
+		}
+		r.Runner.floors[k] = append(r.Runner.floors[k], f.TCP)
+	}
+	r.out.Values["floor_tcp"] = results.Summarize(r.Runner.floors[k]).Median.Float()
+	return nil
+}
+
+// floors measures the other yardsticks with the same processes.
+func (r *run) floors(ctx context.Context, addr string) error {
+	place, err := ParsePlacement(r.cell.CPUs)
+	if err != nil {
+		return err
+	}
+	args := role.FloorArgs{Size: min(r.cell.Size, 256<<20), Threads: r.cell.Threads, Daemon: firstCPU(place["daemon"]), Workload: firstCPU(place["workload"])}
+	var f role.Floors
+	if _, err := r.workload.Ask(ctx, "floors", args, &f); err != nil {
+		return err
+	}
+	v := r.out.Values
+	v["floor_map"], v["floor_fill"], v["floor_wake"] = f.Map, f.Fill, f.Wake
+	if r.link == nil {
+		return nil
+	}
+	rounds := 300
+	if r.cell.Link.RTT > 0 {
+		rounds = 3
+	}
+	if _, err := r.daemon.Ask(ctx, "floors", role.DaemonFloorArgs{Addr: addr, RR: rounds}, &f); err != nil {
+		return err
+	}
+	v["floor_rr"] = f.RR
+	return nil
+}
+
+func firstCPU(list string) int {
+	if cpus, err := role.ParseCPUs(list); err == nil {
+		return cpus[0]
+	}
+	return -1
+}
+
+func closeFiles(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}
+
+func seconds(ns int64) float64 { return float64(ns) / 1e9 }
+
+func monotonic() int64 {
+	var t unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &t)
+	return t.Nano()
+}
+
+// stealTime is the time in seconds that the hypervisor took from all CPUs (proc_stat(5)).
+func stealTime() float64 {
+	b, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return 0
+	}
+	var user, nice, system, idle, iowait, irq, softirq, steal float64
+	if _, err := fmt.Sscanf(string(b), "cpu %g %g %g %g %g %g %g %g", &user, &nice, &system, &idle, &iowait, &irq, &softirq, &steal); err != nil {
+		return 0
+	}
+	return steal / 100
+}

@@ -1,0 +1,209 @@
+package scenarios
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"memsync/strategies/region"
+)
+
+// The sandbox: before it measures, memsync starts itself once more in a mount
+// namespace and a PID namespace of its own (and, where it is not root, in a user
+// namespace). That is what makes clean-up sure. When the inner process ends,
+// however it ends, the kernel kills all that it started and drops its mounts,
+// and with the last process go the anonymous network namespaces and their
+// devices. The outer process only waits, passes signals on and removes the
+// scratch folder.
+
+const (
+	sandboxEnv    = "MEMSYNC_SANDBOX" // the scratch folder; set for the inner process only
+	scratchPrefix = "memsync-run-"
+	ownerFile     = "owner" // locked by the outer process as long as it lives
+)
+
+// Sandboxed reports whether this process is the inner one, and its scratch folder.
+func Sandboxed() (scratch string, ok bool) {
+	scratch = os.Getenv(sandboxEnv)
+	return scratch, scratch != ""
+}
+
+// EnterSandbox runs this program with the same arguments once more, inside a
+// sandbox, and returns its exit status. It returns an error that matches
+// region.ErrNotPermitted where the kernel refuses to make one.
+// SIGINT and SIGTERM are passed on; a second one kills.
+func EnterSandbox(ctx context.Context) (status int, err error) {
+	scratch, unlock, err := newScratch()
+	if err != nil {
+		return 0, err
+	}
+	defer unlock()
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Env = append(os.Environ(), sandboxEnv+"="+scratch)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID,
+		Pdeathsig:  unix.SIGKILL,
+	}
+	if os.Geteuid() != 0 {
+		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
+		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
+	}
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	defer signal.Stop(signals)
+	done := make(chan error, 1)
+	started := make(chan error, 1)
+	go func() {
+		// Pdeathsig fires when the starting thread ends, so it must not.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			done <- cmd.Wait()
+		}
+	}()
+	if err := <-started; err != nil {
+		return 0, fmt.Errorf("start in a sandbox (mount and PID namespaces): %w: %w; "+
+			"run as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces above 0, kernel.apparmor_restrict_unprivileged_userns=0), "+
+			"or use the lab kernel: memsync lab -- memsync ...", err, region.ErrNotPermitted)
+	}
+	n := 0
+	for {
+		select {
+		case sig := <-signals:
+			if n++; n > 1 {
+				_ = cmd.Process.Kill()
+			} else {
+				_ = cmd.Process.Signal(sig)
+			}
+		case err := <-done:
+			var exit *exec.ExitError
+			if errors.As(err, &exit) {
+				if ws, ok := exit.Sys().(interface{ Signaled() bool }); ok && ws.Signaled() {
+					return 1, fmt.Errorf("the measuring process ended: %v", exit)
+				}
+				return exit.ExitCode(), nil
+			}
+			return 0, err
+		}
+	}
+}
+
+// newScratch makes the scratch folder, locked by this process, and sweeps away
+// those whose owner is gone.
+func newScratch() (dir string, remove func(), err error) {
+	if _, err := CleanScratch(); err != nil {
+		return "", nil, err
+	}
+	dir, err = os.MkdirTemp("", scratchPrefix)
+	if err != nil {
+		return "", nil, fmt.Errorf("make a scratch folder: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(dir, ownerFile), os.O_CREATE|os.O_RDWR, 0o600)
+	if err == nil {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
+	if err != nil {
+		return "", nil, errors.Join(err, os.RemoveAll(dir))
+	}
+	return dir, func() { os.RemoveAll(dir); f.Close() }, nil
+}
+
+// CleanScratch removes the scratch folders that killed runs of this user left
+// behind and returns their paths. A folder whose owner lives is not touched.
+func CleanScratch() (removed []string, err error) {
+	dirs, err := filepath.Glob(filepath.Join(os.TempDir(), scratchPrefix+"*"))
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, dir := range dirs {
+		f, err := os.OpenFile(filepath.Join(dir, ownerFile), os.O_RDWR, 0)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			// Just being made, or half removed: old enough is gone.
+			if fi, err := os.Stat(dir); err != nil || time.Since(fi.ModTime()) < time.Minute {
+				continue
+			}
+		case errors.Is(err, fs.ErrPermission):
+			continue // another user's
+		case err != nil:
+			errs = append(errs, err)
+			continue
+		default:
+			defer f.Close()
+			if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+				continue
+			}
+		}
+		UnmountBelow(dir)
+		if err := os.RemoveAll(dir); err != nil {
+			errs = append(errs, fmt.Errorf("remove %s: %w", dir, err))
+			continue
+		}
+		removed = append(removed, dir)
+	}
+	return removed, errors.Join(errs...)
+}
+
+// SetUpSandbox is what the inner process does first: it makes mounts private,
+// shows itself a /proc of its PID namespace, and reaps orphans.
+func SetUpSandbox() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w: %w", err, region.ErrNotPermitted)
+	}
+	// Refused where /proc is masked (some containers). The old one serves as well:
+	// /proc/self is right in both.
+	_ = unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "")
+	return nil
+}
+
+// UnmountBelow detaches every mount below dir; for what a killed daemon left.
+func UnmountBelow(dir string) {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return
+	}
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		if len(f) < 5 {
+			continue
+		}
+		at := unescapeMount(f[4])
+		if strings.HasPrefix(at, dir+"/") || at == dir {
+			_ = unix.Unmount(at, unix.MNT_DETACH)
+		}
+	}
+}
+
+// unescapeMount undoes the octal escapes of mountinfo (proc_pid_mountinfo(5)).
+func unescapeMount(s string) string {
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+3 < len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(n))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}
