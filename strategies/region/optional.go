@@ -1,0 +1,54 @@
+package region
+
+import "context"
+
+// Extent is a run of bytes with one allocation state.
+type Extent struct {
+	Length int64 // bytes, at least 1
+	Hole   bool  // nothing is allocated for it
+	Zero   bool  // it reads as zeroes
+}
+
+// What a Store may also offer; found by type assertion. Ranges are checked as
+// in Store, and all methods may be called concurrently with its own.
+
+// Extenter tells allocated bytes from holes. Extents returns consecutive
+// extents from off on, at least one and together at most n bytes; it may stop
+// early. Data whose state is unknown is {Hole: false, Zero: false}.
+type Extenter interface {
+	Extents(ctx context.Context, off, n int64) ([]Extent, error)
+}
+
+// Zeroer writes zeroes without having them in memory. With hole it may also
+// release what was allocated; the bytes read as zeroes either way.
+type Zeroer interface {
+	WriteZeroes(ctx context.Context, off, n int64, hole bool) error
+}
+
+// Trimmer is told that the bytes are no longer needed; they may read as
+// anything until they are written again.
+type Trimmer interface {
+	Trim(ctx context.Context, off, n int64) error
+}
+
+// Cacher is told that the bytes will be read soon.
+type Cacher interface {
+	Cache(ctx context.Context, off, n int64) error
+}
+
+// Blocks are constraints on the requests to a Store, in bytes: powers of two,
+// but for Maximum, which is the largest length of one request.
+type Blocks struct {
+	Minimum, Preferred, Maximum int64
+}
+
+// Blocker is a Store whose requests must be multiples of, and aligned to, a
+// minimum. A Store without it takes any offset and length.
+type Blocker interface {
+	Blocks() Blocks
+}
+
+// ReadOnlyer tells whether every write would give ErrReadOnly.
+type ReadOnlyer interface {
+	ReadOnly() bool
+}
