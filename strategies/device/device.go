@@ -1,0 +1,147 @@
+// Package device opens local devices by kind: a path that a workload maps and
+// whose requests end in a region.Store. The kinds live in packages of their own
+// below this one; userfaultfd, which serves a mapping and not a path, is package
+// device/uffd.
+package device
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+
+	"memsync/strategies/device/fuse"
+	"memsync/strategies/param"
+	"memsync/strategies/region"
+)
+
+// Device is a live local device in front of a store. It owns its descriptors
+// and goroutines until Close. All methods may be called concurrently.
+type Device interface {
+	// Path is the file or block device to open and map, of exactly the store's
+	// size rounded up to the device's block.
+	Path() string
+	Stats() Stats
+	// Err is the store's latest error that the workload saw as EIO or SIGBUS,
+	// or nil: the kernel passes a number only.
+	Err() error
+	// Close writes back what is dirty, removes the device and joins all
+	// goroutines. It ends with ctx, may be called twice and returns the first
+	// error. The workload should have let go before; later access fails. The store stays open.
+	Close(ctx context.Context) error
+}
+
+// Cacher is what a device may also be: one that puts bytes into the kernel's
+// page cache, or drops them, without being asked. See fuse.Device for the rules.
+type Cacher interface {
+	Store(off int64, p []byte) error
+	Invalidate(off, n int64) error
+}
+
+// Stats counts the device's requests. Bytes are those moved without an error.
+type Stats struct {
+	ReadRequests, ReadBytes   int64
+	WriteRequests, WriteBytes int64
+	Flushes                   int64
+	Interrupts                int64 // signals that reached a waiting thread of the workload
+	Errors                    int64 // requests that the store failed
+}
+
+// Options say how to open a device.
+type Options struct {
+	Dir      string // an existing scratch folder
+	ReadOnly bool
+	Params   param.Values // made with the Params of the kind
+}
+
+// Kind is one way of making a device.
+type Kind struct {
+	Name string
+	Doc  string // one line
+	// Params are its parameters.
+	Params []param.Spec
+	// Probe tries whether it works here: nil, region.ErrNotSupported (a certain
+	// no, with the reason), or another error where it could not tell.
+	Probe func() error
+	open  func(ctx context.Context, s region.Store, o Options) (Device, error)
+}
+
+// Auto is the name that stands for the first kind whose probe says yes.
+const Auto = "auto"
+
+// Kinds returns all kinds, best first.
+func Kinds() []Kind {
+	return []Kind{
+		{Name: "fuse", Doc: "a file served through /dev/fuse by our own server", Params: fuse.Params(),
+			Probe: fuse.Probe, open: openFuse},
+		missing("nbd", "kernel block device nbd", "the kernel NBD device is not built in yet"),
+		missing("ublk", "userspace block device (io_uring)", "ublk needs the driver ublk_drv (Linux 6.0) and is not built in; use fuse or nbd"),
+		missing("uffd", "userfaultfd on a mapping", "userfaultfd serves a mapping and has no path; use strategy userfaultfd"),
+	}
+}
+
+// missing is a kind that cannot be opened, and why.
+func missing(name, doc, why string) Kind {
+	err := fmt.Errorf("device %s: %s: %w", name, why, region.ErrNotSupported)
+	return Kind{Name: name, Doc: doc,
+		Probe: func() error { return err },
+		open:  func(context.Context, region.Store, Options) (Device, error) { return nil, err }}
+}
+
+// Get returns the kind called name, which is not Auto, or an error that lists the valid names.
+func Get(name string) (Kind, error) {
+	names := []string{Auto}
+	for _, k := range Kinds() {
+		if k.Name == name {
+			return k, nil
+		}
+		names = append(names, k.Name)
+	}
+	return Kind{}, fmt.Errorf("unknown device %q; valid: %s", name, strings.Join(names, ", "))
+}
+
+// Params returns the parameters of the named kinds together.
+func Params(names ...string) []param.Spec {
+	var specs []param.Spec
+	for _, n := range names {
+		if k, err := Get(n); err == nil {
+			specs = append(specs, k.Params...)
+		}
+	}
+	return specs
+}
+
+// Open makes a device of the given kind in front of s, which the device does
+// not close. Auto, and "", take the first that works here. ctx bounds the opening.
+func Open(ctx context.Context, kind string, s region.Store, o Options) (Device, error) {
+	if kind != Auto && kind != "" {
+		k, err := Get(kind)
+		if err != nil {
+			return nil, err
+		}
+		return k.open(ctx, s, o)
+	}
+	var why []error
+	for _, k := range Kinds() {
+		err := k.Probe()
+		if err == nil {
+			return k.open(ctx, s, o)
+		}
+		why = append(why, err)
+	}
+	return nil, fmt.Errorf("no device works here: %w", errors.Join(why...))
+}
+
+type fuseDevice struct{ *fuse.Device }
+
+func (d fuseDevice) Stats() Stats { return Stats(d.Device.Stats()) }
+
+func openFuse(ctx context.Context, s region.Store, o Options) (Device, error) {
+	d, err := fuse.Open(ctx, s, fuse.Options{Dir: o.Dir, ReadOnly: o.ReadOnly, Params: o.Params})
+	if err != nil {
+		return nil, err
+	}
+	return fuseDevice{d}, nil
+}
+
+var _ Cacher = fuseDevice{}

@@ -1,0 +1,236 @@
+package fuse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"memsync/strategies/region"
+)
+
+const (
+	devicePath = "/dev/fuse"
+	fsType     = "fuse.memsync" // in mountinfo, so that leftovers can be told
+	// What to do where mount(2) or /dev/fuse are refused.
+	remedy = "run as root with /dev/fuse present and readable, or inside `unshare --user --map-root-user --mount` where /dev/fuse is mode 0666"
+)
+
+// openDevice opens /dev/fuse, without blocking and not inherited by children: a
+// child that kept it would keep the connection alive when this process dies.
+func openDevice() (int, error) {
+	fd, err := unix.Open(devicePath, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	switch {
+	case err == nil:
+		return fd, nil
+	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
+		return -1, fmt.Errorf("open %s: %w (kernel option CONFIG_FUSE_FS; `modprobe fuse`): %w", devicePath, err, region.ErrNotSupported)
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
+		return -1, fmt.Errorf("open %s: %w (%s): %w", devicePath, err, remedy, region.ErrNotPermitted)
+	}
+	return -1, fmt.Errorf("open %s: %w", devicePath, err)
+}
+
+// mountFile mounts the FUSE connection fd over the regular file at path. The
+// root inode itself is a regular file (rootmode), so that no folder is needed.
+func mountFile(fd int, path string, readOnly bool, mode uint32, maxRead int64) error {
+	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_NOATIME)
+	if readOnly {
+		flags |= unix.MS_RDONLY
+	}
+	// default_permissions lets the kernel judge mode and owner, and allow_other
+	// lets a workload under another user try.
+	data := fmt.Sprintf("fd=%d,rootmode=%o,user_id=%d,group_id=%d,allow_other,default_permissions,max_read=%d",
+		fd, mode, os.Geteuid(), os.Getegid(), maxRead)
+	err := unix.Mount("memsync", path, fsType, flags, data)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.ENODEV):
+		return fmt.Errorf("mount FUSE on %s: %w: %w", path, err, region.ErrNotSupported)
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
+		return fmt.Errorf("mount FUSE on %s: %w (%s): %w", path, err, remedy, region.ErrNotPermitted)
+	}
+	return fmt.Errorf("mount FUSE on %s: %w", path, err)
+}
+
+// deviceOf returns the minor number of the mount at path, which also names its
+// folder in /sys/fs/fuse/connections and, as 0:N, in /sys/class/bdi. It reads
+// mountinfo, since a stat would be a request to ourselves.
+func deviceOf(path string) (int, error) {
+	b, err := os.ReadFile("/proc/thread-self/mountinfo")
+	if err != nil {
+		return 0, err
+	}
+	found := -1 // the last line counts: mounts may be stacked
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line) // id parent major:minor root mountpoint ...
+		if len(f) > 4 && unescape(f[4]) == path {
+			if _, minor, ok := strings.Cut(f[2], ":"); ok {
+				found, _ = strconv.Atoi(minor)
+			}
+		}
+	}
+	if found < 0 {
+		return 0, fmt.Errorf("find the mount %s in mountinfo: %w", path, region.ErrMissing)
+	}
+	return found, nil
+}
+
+// unescape undoes mountinfo's \ooo.
+func unescape(s string) string {
+	if !strings.Contains(s, `\`) {
+		return s
+	}
+	var b strings.Builder
+	for i := 0; i < len(s); i++ {
+		if s[i] == '\\' && i+4 <= len(s) {
+			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
+				b.WriteByte(byte(n))
+				i += 3
+				continue
+			}
+		}
+		b.WriteByte(s[i])
+	}
+	return b.String()
+}
+
+func bdiPath(minor int) string { return fmt.Sprintf("/sys/class/bdi/0:%d/read_ahead_kb", minor) }
+
+// abort cuts the connection: every waiting and later request of it fails with
+// ECONNABORTED. It needs root and works after a lazy unmount too.
+// Source: Documentation/filesystems/fuse.rst, "Control filesystem".
+func abort(minor int) error {
+	name := strconv.Itoa(minor) + "/abort"
+	// The control filesystem need not be mounted here: make it, unattached.
+	fs, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return os.WriteFile(filepath.Join("/sys/fs/fuse/connections", name), []byte("1"), 0)
+	}
+	defer unix.Close(fs)
+	if err := unix.FsconfigCreate(fs); err != nil {
+		return fmt.Errorf("make a fusectl: %w", err)
+	}
+	dir, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("make a fusectl: %w", err)
+	}
+	defer unix.Close(dir)
+	fd, err := unix.Openat(dir, name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open the abort file of FUSE connection %d: %w", minor, err)
+	}
+	defer unix.Close(fd)
+	_, err = unix.Write(fd, []byte("1"))
+	return err
+}
+
+// maxPagesLimit is the most pages that the kernel puts in one request
+// (fs.fuse.max_pages_limit, Linux 6.13; 256 before).
+func maxPagesLimit() int64 {
+	b, err := os.ReadFile("/proc/sys/fs/fuse/max_pages_limit")
+	if err != nil {
+		return 256
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
+	if err != nil || n < 1 || n > 65535 {
+		return 256
+	}
+	return n
+}
+
+// Probe tries whether this process can serve a file through FUSE: it opens
+// /dev/fuse, mounts a file in a mount namespace of its own and waits at most 2 s
+// for the kernel's first request. It returns nil for yes, an error that wraps
+// region.ErrNotSupported for a certain no, and another error with a remedy where
+// it could not tell. It leaves nothing behind. Linux 5.4 or later.
+func Probe() error {
+	result := make(chan error, 1)
+	go func() {
+		// The thread has another mount namespace from here on: it must not be
+		// used for anything else, so it dies with this goroutine.
+		runtime.LockOSThread()
+		result <- probe()
+	}()
+	return <-result
+}
+
+func probe() error {
+	fd, err := openDevice()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd) // ends the connection
+	f, err := os.CreateTemp("", "memsync-probe-")
+	if err != nil {
+		return fmt.Errorf("probe FUSE: %w", err)
+	}
+	f.Close()
+	defer os.Remove(f.Name())
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("probe FUSE: make a mount namespace: %w (%s): %w", err, remedy, region.ErrNotPermitted)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("probe FUSE: make mounts private: %w", err)
+	}
+	if err := mountFile(fd, f.Name(), true, unix.S_IFREG|0o400, 0); err != nil {
+		return fmt.Errorf("probe FUSE: %w", err)
+	}
+	defer unix.Unmount(f.Name(), unix.MNT_DETACH)
+	buf := make([]byte, 1<<16)
+	for deadline := time.Now().Add(2 * time.Second); ; {
+		n, err := unix.Read(fd, buf)
+		if err == nil {
+			h, body, err := parseHeader(buf[:n])
+			if err == nil && h.opcode != opInit {
+				err = fmt.Errorf("first request is %d, not FUSE_INIT", h.opcode)
+			}
+			if err == nil {
+				_, err = parseInit(body)
+			}
+			if err != nil {
+				return fmt.Errorf("probe FUSE: %w: %w", err, region.ErrNotSupported)
+			}
+			return nil
+		}
+		left := time.Until(deadline)
+		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) || left <= 0 {
+			return fmt.Errorf("probe FUSE: wait for the kernel's first request: %w", err)
+		}
+		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+	}
+}
+
+// unmount takes the mount at path away. While a process still has the file open
+// it tries again until ctx ends or busy passes; then it cuts the connection
+// (what was not written back is lost), detaches the mount, and returns an error that says so.
+func unmount(ctx context.Context, path string, busy time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, busy)
+	defer cancel()
+	for wait := time.Millisecond; ; wait = min(2*wait, 50*time.Millisecond) {
+		err := unix.Unmount(path, unix.UMOUNT_NOFOLLOW)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, syscall.EBUSY) || ctx.Err() != nil {
+			// MNT_FORCE aborts the connection, without fusectl and its rights.
+			if ferr := unix.Unmount(path, unix.MNT_FORCE|unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); ferr != nil {
+				return fmt.Errorf("unmount %s: %w; by force: %w", path, err, ferr)
+			}
+			return fmt.Errorf("unmount %s: %w: a process still has it open; detached it, later access fails", path, err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(wait):
+		}
+	}
+}

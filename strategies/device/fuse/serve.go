@@ -1,0 +1,451 @@
+package fuse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"memsync/strategies/region"
+)
+
+// port is one descriptor of the connection with its own queue of requests that
+// were read and not yet answered: a reply goes out where its request came in.
+type port struct {
+	f  *os.File // for its reference count: no reply can hit a reused descriptor
+	rc syscall.RawConn
+}
+
+func newPort(fd int) (*port, error) {
+	f := os.NewFile(uintptr(fd), devicePath)
+	rc, err := f.SyscallConn()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return &port{f, rc}, nil
+}
+
+func (p *port) close() { _ = p.f.Close() }
+
+// clone opens a further descriptor of the same connection. Linux 4.2.
+func (p *port) clone() (*port, error) {
+	fd, err := openDevice()
+	if err != nil {
+		return nil, err
+	}
+	var errno syscall.Errno
+	if err := p.rc.Control(func(first uintptr) {
+		arg := uint32(first)
+		_, _, errno = unix.Syscall(unix.SYS_IOCTL, uintptr(fd), iocClone, uintptr(unsafe.Pointer(&arg)))
+	}); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	if errno != 0 {
+		unix.Close(fd)
+		return nil, errno
+	}
+	return newPort(fd)
+}
+
+// read returns the next request, in b. It blocks until there is one, the
+// connection ends or the port is closed.
+func (p *port) read(b []byte) (n int, err error) {
+	for {
+		var errno syscall.Errno
+		err := p.rc.Read(func(fd uintptr) bool {
+			// Without telling the scheduler: the descriptor does not block,
+			// and a request is copied within some 100 us.
+			r, _, e := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+			n, errno = int(r), e
+			return e != unix.EAGAIN
+		})
+		switch {
+		case err != nil:
+			return 0, err
+		case errno == 0:
+			return n, nil
+		case errno == unix.EINTR || errno == unix.ENOENT: // ENOENT: the request was taken back
+		default:
+			return 0, errno
+		}
+	}
+}
+
+// reply answers one request with an error, or with data: the concatenation of a and b.
+func (p *port) reply(unique uint64, errno syscall.Errno, a, b []byte) error {
+	return p.write(-int32(errno), unique, a, b)
+}
+
+func (p *port) notify(code int32, a, b []byte) error { return p.write(code, 0, a, b) }
+
+func (p *port) write(code int32, unique uint64, a, b []byte) error {
+	var head [outHeaderSize]byte
+	le.PutUint32(head[:], uint32(outHeaderSize+len(a)+len(b)))
+	le.PutUint32(head[4:], uint32(code))
+	le.PutUint64(head[8:], unique)
+	iov := [3]syscall.Iovec{iovec(head[:]), iovec(a), iovec(b)}
+	var errno syscall.Errno
+	if err := p.rc.Control(func(fd uintptr) {
+		for {
+			_, _, errno = unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&iov)), uintptr(len(iov)))
+			if errno != unix.EINTR {
+				return
+			}
+		}
+	}); err != nil {
+		return err
+	}
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// lead is how much of a buffer stays free before a request, so that the data of
+// a WRITE begins on a page.
+const lead = 4096 - inHeaderSize - rwInSize
+
+// serve starts the loop that answers requests of p. What must not wait for the
+// store is answered in the loop; the rest in a goroutine each. The kernel bounds
+// their number: max_background and one per thread of the workload.
+func (d *Device) serve(p *port) {
+	d.wg.Add(1)
+	go func() {
+		defer d.wg.Done()
+		for {
+			b := d.bufs.get(lead + d.requestSize)
+			n, err := p.read(b[lead:])
+			if err != nil { // ENODEV: unmounted or aborted; ErrClosed: Close
+				d.bufs.put(b)
+				return
+			}
+			h, body, err := parseHeader(b[lead : lead+n])
+			if err != nil {
+				d.fail(err)
+				d.bufs.put(b)
+				continue
+			}
+			if !d.dispatch(p, h, body, b) {
+				d.bufs.put(b)
+			}
+		}
+	}()
+}
+
+// dispatch answers a request or has a goroutine do so. It returns true if it
+// keeps the request's buffer.
+func (d *Device) dispatch(p *port, h header, body []byte, b []byte) bool {
+	switch h.opcode {
+	case opRead:
+		r, _, errno := parseRW(body)
+		if errno == 0 {
+			r.n = max(0, min(r.n, d.size-r.off)) // the kernel asks for whole pages
+			if d.viewer != nil {
+				if v, ok := d.viewer.View(r.off, r.n); ok {
+					d.counters.reads.Add(1)
+					d.counters.readBytes.Add(r.n)
+					d.answer(p, h, 0, v)
+					return false
+				}
+			}
+			d.async(func() { d.read(p, h, r) })
+			return false
+		}
+		d.answer(p, h, errno, nil)
+	case opWrite:
+		r, data, errno := parseRW(body)
+		if errno == 0 {
+			d.async(func() { d.write(p, h, r, data); d.bufs.put(b) })
+			return true
+		}
+		d.answer(p, h, errno, nil)
+	case opFsync, opSyncfs:
+		d.async(func() {
+			d.counters.flushes.Add(1)
+			d.answer(p, h, d.call(h, d.store.Flush), nil)
+		})
+	case opInterrupt:
+		if len(body) < 8 {
+			return false
+		}
+		d.counters.interrupts.Add(1)
+		if r := d.inflight.get(le.Uint64(body)); r != nil {
+			d.async(r.watch)
+		} else {
+			// Perhaps it was read and is not registered yet: the kernel
+			// sends this again, unless the request was answered.
+			_ = p.reply(h.unique, unix.EAGAIN, nil, nil)
+		}
+	case opForget, opBatchForget, opNotifyReply: // no answer
+	case opInit:
+		d.init(p, h, body)
+	case opGetattr:
+		d.answer(p, h, 0, d.attr.encode())
+	case opSetattr:
+		d.answer(p, h, d.setattr(body), d.attr.encode())
+	case opOpen:
+		out := make([]byte, openOutSize)
+		le.PutUint32(out[8:], openKeepCache)
+		d.answer(p, h, 0, out)
+	case opRelease, opDestroy:
+		d.answer(p, h, 0, nil)
+	case opStatfs:
+		out := make([]byte, statfsOutSize)
+		le.PutUint64(out, uint64(d.size+4095)/4096)
+		le.PutUint32(out[40:], 4096) // bsize
+		le.PutUint32(out[44:], 255)  // namelen
+		le.PutUint32(out[48:], 4096) // frsize
+		d.answer(p, h, 0, out)
+	default: // FLUSH, LSEEK, FALLOCATE, IOCTL, ...: the kernel does its own or refuses
+		d.answer(p, h, unix.ENOSYS, nil)
+	}
+	return false
+}
+
+func (d *Device) async(f func()) {
+	d.wg.Add(1) // the loop that calls us holds one, so it is not 0
+	go func() { defer d.wg.Done(); f() }()
+}
+
+// answer sends a reply. A reply that the kernel does not take (a view whose
+// memory is gone) becomes EIO, so that nobody waits for ever.
+func (d *Device) answer(p *port, h header, errno syscall.Errno, data []byte) {
+	if errno != 0 {
+		data = nil
+	}
+	err := p.reply(h.unique, errno, data, nil)
+	if err == nil || errors.Is(err, unix.ENOENT) || errors.Is(err, os.ErrClosed) {
+		return // ENOENT: interrupted or aborted meanwhile
+	}
+	d.fail(fmt.Errorf("answer FUSE request %d (opcode %d): %w", h.unique, h.opcode, err))
+	if errno == 0 {
+		_ = p.reply(h.unique, unix.EIO, nil, nil)
+	}
+}
+
+func (d *Device) fail(err error) {
+	d.counters.errors.Add(1)
+	d.lastErr.Store(&err)
+}
+
+// call runs f with the request's context: it ends at the deadline, at Close, and
+// when the workload's thread is killed.
+func (d *Device) call(h header, f func(context.Context) error) syscall.Errno {
+	r := d.inflight.add(d.ctx, h, d.timeout)
+	err := f(r.ctx)
+	d.inflight.remove(r)
+	switch {
+	case err == nil:
+		return 0
+	case r.killed.Load():
+		return unix.EINTR
+	}
+	d.fail(err)
+	if errors.Is(err, region.ErrReadOnly) {
+		return unix.EROFS
+	}
+	return unix.EIO
+}
+
+func (d *Device) read(p *port, h header, r rw) {
+	b := d.bufs.get(r.n)
+	data := b[:r.n]
+	errno := d.call(h, func(ctx context.Context) error {
+		if err := d.store.ReadAt(ctx, data, r.off); err != nil {
+			return fmt.Errorf("read %d bytes at %d: %w", r.n, r.off, err)
+		}
+		return nil
+	})
+	d.counters.reads.Add(1)
+	if errno == 0 {
+		d.counters.readBytes.Add(r.n)
+	}
+	d.answer(p, h, errno, data)
+	d.bufs.put(b)
+}
+
+func (d *Device) write(p *port, h header, r rw, data []byte) {
+	n := min(r.n, int64(len(data)))
+	room := d.size - r.off
+	switch {
+	case d.readOnly:
+		d.answer(p, h, unix.EROFS, nil)
+		return
+	case n > room && r.flags&writeCache == 0:
+		d.answer(p, h, unix.EFBIG, nil) // the file does not grow
+		return
+	}
+	data = data[:max(0, min(n, room))] // a written-back page may reach past the end
+	errno := d.call(h, func(ctx context.Context) error {
+		if err := d.store.WriteAt(ctx, data, r.off); err != nil {
+			return fmt.Errorf("write %d bytes at %d: %w", len(data), r.off, err)
+		}
+		return nil
+	})
+	d.counters.writes.Add(1)
+	if errno == 0 {
+		d.counters.writeBytes.Add(int64(len(data)))
+	}
+	out := make([]byte, 8)
+	le.PutUint32(out, uint32(n))
+	d.answer(p, h, errno, out)
+}
+
+// setattr refuses a new size; times are taken and forgotten.
+func (d *Device) setattr(body []byte) syscall.Errno {
+	if len(body) < 24 {
+		return unix.EINVAL
+	}
+	valid := le.Uint32(body)
+	if valid&fattrSize != 0 && int64(le.Uint64(body[16:])) != d.size {
+		return unix.EPERM
+	}
+	return 0
+}
+
+func (d *Device) init(p *port, h header, body []byte) {
+	in, err := parseInit(body)
+	if err != nil {
+		d.answer(p, h, unix.EPROTO, nil)
+		err = fmt.Errorf("%w: %w", err, region.ErrNotSupported)
+	} else {
+		out := d.want
+		out.flags &= in.flags
+		d.answer(p, h, 0, out.encode())
+	}
+	select {
+	case d.ready <- err:
+	default: // a second INIT: not ours to mind
+	}
+}
+
+// inflight holds the requests that are in the store.
+type inflight struct {
+	mu sync.Mutex
+	m  map[uint64]*request
+}
+
+type request struct {
+	header
+	ctx    context.Context
+	cancel context.CancelFunc
+	killed atomic.Bool // the workload's thread is dying: nobody wants the answer
+}
+
+func (t *inflight) add(parent context.Context, h header, timeout time.Duration) *request {
+	r := &request{header: h}
+	if timeout > 0 {
+		r.ctx, r.cancel = context.WithTimeout(parent, timeout)
+	} else {
+		r.ctx, r.cancel = context.WithCancel(parent)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.m == nil {
+		t.m = map[uint64]*request{}
+	}
+	t.m[h.unique] = r
+	return r
+}
+
+func (t *inflight) remove(r *request) {
+	r.cancel()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.m, r.unique)
+}
+
+func (t *inflight) get(unique uint64) *request {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.m[unique]
+}
+
+// watch cancels r once the thread that waits for it is being killed. Other
+// signals (the Go scheduler of a workload sends many) must not end a request: a
+// page fault would turn the error into SIGBUS, and programs do not expect EINTR from
+// a file. The kernel says only once that there was a signal, hence the polling.
+func (r *request) watch() {
+	const interval = 20 * time.Millisecond
+	t := time.NewTicker(interval)
+	defer t.Stop()
+	for {
+		if dying(r.pid) {
+			r.killed.Store(true)
+			r.cancel()
+			return
+		}
+		select {
+		case <-r.ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// dying reports whether SIGKILL is pending for the thread; the kernel turns
+// every fatal signal into that one (kernel/signal.c, complete_signal).
+func dying(tid uint32) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid))
+	if err != nil {
+		return errors.Is(err, os.ErrNotExist) && tid != 0
+	}
+	return pendingKill(string(b))
+}
+
+func pendingKill(status string) bool {
+	for line := range strings.Lines(status) {
+		k, v, _ := strings.Cut(line, ":")
+		if k != "SigPnd" && k != "ShdPnd" {
+			continue
+		}
+		if mask, err := strconv.ParseUint(strings.TrimSpace(v), 16, 64); err == nil && mask&(1<<(unix.SIGKILL-1)) != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// pool keeps buffers by size class, a power of two, so that the collector has
+// nothing to do on their behalf.
+type pool struct {
+	mu   sync.Mutex
+	free [64][][]byte
+	keep int // buffers kept of each class
+}
+
+// get returns a buffer of at least n bytes, with unspecified content.
+func (p *pool) get(n int64) []byte {
+	class := bits.Len64(uint64(max(n, 4096) - 1))
+	p.mu.Lock()
+	if l := len(p.free[class]); l > 0 {
+		b := p.free[class][l-1]
+		p.free[class] = p.free[class][:l-1]
+		p.mu.Unlock()
+		return b
+	}
+	p.mu.Unlock()
+	return make([]byte, 1<<class)
+}
+
+// put takes back what get returned.
+func (p *pool) put(b []byte) {
+	class := bits.Len(uint(len(b) - 1))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.free[class]) < p.keep {
+		p.free[class] = append(p.free[class], b)
+	}
+}

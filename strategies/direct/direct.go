@@ -1,0 +1,110 @@
+// Package direct is the strategy direct-mount: a local device whose every
+// request is forwarded to the source.
+package direct
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+
+	"memsync/strategies"
+	"memsync/strategies/device"
+	"memsync/strategies/param"
+	"memsync/strategies/region"
+	"memsync/strategies/transport"
+)
+
+// Strategy is direct-mount.
+type Strategy struct{}
+
+var _ strategies.Strategy = Strategy{}
+
+// Info describes the strategy.
+func (Strategy) Info() strategies.Info {
+	devices := []string{"fuse", "nbd", "ublk"}
+	return strategies.Info{
+		Name:         "direct-mount",
+		Doc:          "local device; each of its requests is one request to the source",
+		Capabilities: []strategies.Capability{strategies.Reads, strategies.Writes},
+		Devices:      devices,
+		Params:       device.Params(devices...),
+		DefaultChunk: 64 << 10,
+		Consistency: "One reader and writer host. Readers of the device see its writers at once (one page cache). " +
+			"Writes reach the source when the kernel writes them back: by msync or fsync and then Sync, or by Close. " +
+			"Pages that were read stay cached: later changes at the source are not seen.",
+	}
+}
+
+// Serve hands the connection to the transport: the source only reads and writes.
+func (Strategy) Serve(ctx context.Context, t transport.Transport, conn net.Conn, e transport.Exports, _ param.Values) error {
+	return t.Serve(ctx, conn, e)
+}
+
+// Mount opens the remote region and a device in front of it. Options.Chunk is
+// not used: the kernel chooses the size of requests.
+func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Options) (strategies.Mount, error) {
+	s, err := r.Open(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("open the remote region: %w", err)
+	}
+	m := &mount{store: s, readOnly: o.ReadOnly, closed: make(chan struct{})}
+	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, ReadOnly: o.ReadOnly, Params: o.Params})
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return m, nil
+}
+
+type mount struct {
+	store    region.Store
+	dev      device.Device
+	readOnly bool
+	closing  sync.Once
+	closed   chan struct{}
+	closeErr error
+}
+
+func (m *mount) Attachment() strategies.Attachment {
+	return strategies.Attachment{Kind: strategies.AttachPath, Path: m.dev.Path(), Size: m.store.Size(), ReadOnly: m.readOnly}
+}
+
+// Sync flushes the source. It does not write the page cache back: that would
+// be an fsync of our own mount. The workload does it first, by msync.
+func (m *mount) Sync(ctx context.Context) error {
+	if m.readOnly {
+		return nil
+	}
+	return m.store.Flush(ctx)
+}
+
+func (m *mount) Stats() strategies.Stats {
+	d := m.dev.Stats()
+	return strategies.Stats{
+		DemandRequests: d.ReadRequests, DemandBytes: d.ReadBytes,
+		PushRequests: d.WriteRequests, PushBytes: d.WriteBytes,
+		Extra: map[string]int64{"device_flushes": d.Flushes, "device_interrupts": d.Interrupts, "device_errors": d.Errors},
+	}
+}
+
+// Close unmounts, which writes dirty pages back, flushes the source and
+// disconnects. An error of the store that the workload has seen as EIO is not
+// repeated, but explains an error of the device.
+func (m *mount) Close(ctx context.Context) error {
+	m.closing.Do(func() {
+		defer close(m.closed)
+		err := m.dev.Close(ctx)
+		if err != nil {
+			err = errors.Join(err, m.dev.Err())
+		}
+		if !m.readOnly && m.dev.Stats().WriteRequests > 0 {
+			if ferr := m.store.Flush(ctx); ferr != nil {
+				err = errors.Join(err, fmt.Errorf("flush the source: %w", ferr))
+			}
+		}
+		m.closeErr = errors.Join(err, m.store.Close())
+	})
+	<-m.closed
+	return m.closeErr
+}
