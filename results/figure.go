@@ -1,6 +1,9 @@
 package results
 
-import "fmt"
+import (
+	"fmt"
+	"strings"
+)
 
 // FigureKind is the form of a figure.
 type FigureKind string
@@ -22,7 +25,9 @@ type Axis struct {
 	Unit     string  // shown: "ms", "MiB/s"; empty for a pure number or category
 	Scale    float64 // stored value x Scale = shown value (1000 for s to ms); 0 means 1
 	Log      bool
-	Category bool // X only: equally spaced, in the order of first appearance of the rows sorted by value
+	Category bool // X only: equally spaced, not to scale
+
+	Categories []string // X only: order of categories by their text; those not named follow, sorted
 }
 
 // Shown converts a stored value to the axis's unit.
@@ -43,9 +48,10 @@ func (a Axis) String() string {
 
 // FigureSeries names a series of a figure and its counterpart in the thesis.
 type FigureSeries struct {
-	Key    string // texts of the figure's key columns, joined by "/"
-	Label  string // in the legend; empty means Key
-	Thesis string // name of the series in the thesis's figure; empty where it has none
+	Key      string // texts of the figure's key columns, joined by "/"
+	Label    string // in the legend; empty means Key
+	Baseline bool   // does not depend on x: its median is drawn across a line figure
+	Thesis   string // name of the series in the thesis's figure, in which {x} stands for the point's x; empty where it has none
 }
 
 // FigureSpec is a figure as data: which rows it shows and how. Package plots draws it.
@@ -109,7 +115,13 @@ func (f FigureSpec) Check() error {
 			return fault("series %q is named twice", s.Key)
 		}
 		seen[s.Key] = true
-		if s.Thesis != "" && !theirs[s.Thesis] {
+		known := f.Thesis == "" || s.Thesis == "" || theirs[s.Thesis]
+		if before, after, ok := strings.Cut(s.Thesis, "{x}"); ok {
+			for name := range theirs {
+				known = known || strings.HasPrefix(name, before) && strings.HasSuffix(name, after)
+			}
+		}
+		if !known {
 			return fault("the thesis's figure %q has no series %q", f.Thesis, s.Thesis)
 		}
 	}

@@ -1,0 +1,539 @@
+// Package plots draws figures from records: medians with their 95 % confidence
+// intervals, the thesis's own values as a pale layer beneath, units on the
+// axes, n and the conditions below. The same records give the same bytes.
+//
+// A figure is data (results.FigureSpec) and is drawn 1:1 for one column of a
+// two-column paper, with legends outside of the plot area.
+package plots
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"html"
+	"image/color"
+	"maps"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"gonum.org/v1/plot"
+	"gonum.org/v1/plot/plotter"
+	"gonum.org/v1/plot/text"
+	"gonum.org/v1/plot/vg"
+	"gonum.org/v1/plot/vg/draw"
+	"gonum.org/v1/plot/vg/vgimg"
+	"gonum.org/v1/plot/vg/vgsvg"
+
+	"memsync/results"
+)
+
+// ErrNoData: no run of the figure is ok, so there is nothing to draw.
+var ErrNoData = errors.New("no run is ok")
+
+// Draw draws the figure from those of rows that belong to it, once for each
+// variant, as NAME.VARIANT.svg and .png in outDir, which it makes if need be.
+// It returns the paths of the files. Where no run is ok the error matches
+// ErrNoData; the other variants are drawn.
+func Draw(rows []results.Row, spec results.FigureSpec, outDir string) ([]string, error) {
+	if err := spec.Check(); err != nil {
+		return nil, fmt.Errorf("draw: %w", err)
+	}
+	if err := os.MkdirAll(outDir, 0o777); err != nil {
+		return nil, fmt.Errorf("draw figure %s: %w", spec.Name, err)
+	}
+	variants := map[string][]results.Row{}
+	for _, r := range rows {
+		if r.Figure == spec.Name {
+			variants[r.Variant] = append(variants[r.Variant], r)
+		}
+	}
+	if len(variants) == 0 {
+		return nil, fmt.Errorf("draw figure %s: there are no records of it: %w", spec.Name, ErrNoData)
+	}
+	var paths []string
+	var errs []error
+	for _, variant := range slices.Sorted(maps.Keys(variants)) {
+		fig, err := newFigure(variants[variant], spec)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("draw figure %s, variant %s: %w", spec.Name, variant, err))
+			continue
+		}
+		for ext, render := range map[string]func() ([]byte, error){".png": fig.png, ".svg": fig.svg} {
+			path := filepath.Join(outDir, spec.Name+"."+cmp.Or(variant, "all")+ext)
+			data, err := render()
+			if err == nil {
+				err = results.WriteFile(path, data)
+			}
+			if err != nil {
+				errs = append(errs, fmt.Errorf("draw figure %s: %w", path, err))
+				continue
+			}
+			paths = append(paths, path)
+		}
+	}
+	slices.Sort(paths)
+	return paths, errors.Join(errs...)
+}
+
+// entry is a series as drawn.
+type entry struct {
+	results.Series
+	style
+	results.FigureSeries
+}
+
+// figure is a figure that is laid out.
+type figure struct {
+	spec     results.FigureSpec
+	entries  []entry
+	thesis   map[string]results.ThesisSeries
+	cats     []string // texts of a category axis, in order
+	subtitle string
+	caption  string
+
+	height  vg.Length
+	legend  []legendItem
+	columns int
+}
+
+type legendItem struct {
+	label  string
+	sample func(c *draw.Canvas, r vg.Rectangle)
+}
+
+func newFigure(rows []results.Row, spec results.FigureSpec) (*figure, error) {
+	series, err := results.Group(rows, spec.Query())
+	if err != nil {
+		return nil, err
+	}
+	f := &figure{spec: spec, thesis: map[string]results.ThesisSeries{}}
+	for _, s := range results.Thesis(spec.Thesis) {
+		f.thesis[s.Name] = s
+	}
+	if f.entries = arrange(series, spec); !slices.ContainsFunc(f.entries, entry.hasValues) {
+		return nil, ErrNoData
+	}
+	f.cats = categories(f.entries, spec.X.Categories)
+	f.subtitle, f.caption = f.describe(rows)
+	f.makeLegend()
+	return f, nil
+}
+
+func (e entry) name() string { return cmp.Or(e.Label, e.Series.Key, "all") }
+
+func (e entry) hasCI() bool {
+	return slices.ContainsFunc(e.Points, func(p results.Point) bool { _, ok := p.CILow.Get(); return ok })
+}
+
+func (e entry) hasValues() bool {
+	return slices.ContainsFunc(e.Points, func(p results.Point) bool { return p.N > 0 })
+}
+
+// arrange brings series into the figure's order. A style depends on the place
+// in the figure's list, so a series that is missing recolours no other.
+func arrange(series []results.Series, spec results.FigureSpec) []entry {
+	var out []entry
+	rest := slices.Clone(series)
+	slices.SortFunc(rest, func(a, b results.Series) int { return cmp.Compare(a.Key, b.Key) })
+	for i, fs := range spec.Series {
+		if j := slices.IndexFunc(rest, func(s results.Series) bool { return s.Key == fs.Key }); j >= 0 {
+			out = append(out, entry{rest[j], styleOf(i), fs})
+			rest = slices.Delete(rest, j, j+1)
+		}
+	}
+	for i, s := range rest {
+		out = append(out, entry{s, styleOf(len(spec.Series) + i), results.FigureSeries{Key: s.Key}})
+	}
+	return out
+}
+
+// categories returns the x texts of all series: those of first in its order,
+// then by number where they are numbers, then by text.
+func categories(entries []entry, first []string) []string {
+	var cats []string
+	for _, e := range entries {
+		for _, p := range e.Points {
+			if !slices.Contains(cats, p.X) {
+				cats = append(cats, p.X)
+			}
+		}
+	}
+	rank := func(c string) (int, float64) {
+		if i := slices.Index(first, c); i >= 0 {
+			return i, 0
+		}
+		v, err := strconv.ParseFloat(c, 64)
+		if err != nil {
+			v = math.Inf(1)
+		}
+		return len(first), v
+	}
+	slices.SortFunc(cats, func(a, b string) int {
+		ia, va := rank(a)
+		ib, vb := rank(b)
+		return cmp.Or(cmp.Compare(ia, ib), cmp.Compare(va, vb), cmp.Compare(a, b))
+	})
+	return cats
+}
+
+// categoryLabel is the text of a category at the axis.
+func (f *figure) categoryLabel(x string) string {
+	if n, err := strconv.ParseInt(x, 10, 64); err == nil && strings.HasSuffix(f.spec.X.Column, "_bytes") {
+		return bytesText(n)
+	}
+	return x
+}
+
+// describe makes the line under the title and the caption.
+func (f *figure) describe(rows []results.Row) (subtitle, caption string) {
+	lo, hi, failed := 0, 0, 0
+	var empty []string
+	for _, e := range f.entries {
+		for _, p := range e.Points {
+			failed += p.Failed
+			if p.N == 0 {
+				continue
+			}
+			if lo == 0 || p.N < lo {
+				lo = p.N
+			}
+			hi = max(hi, p.N)
+		}
+		if !e.hasValues() {
+			empty = append(empty, e.name())
+		}
+	}
+	n := fmt.Sprintf("n = %d", lo)
+	if lo != hi {
+		n = fmt.Sprintf("n = %d–%d", lo, hi)
+	}
+	switch f.spec.Kind {
+	case results.FigureLine, results.FigureBar:
+		subtitle = "Median and 95 % CI, " + n
+		if hi < results.MinCI {
+			subtitle = fmt.Sprintf("Median, %s (no CI below %d)", n, results.MinCI)
+		}
+	case results.FigureBox:
+		subtitle = "Quartiles, whiskers of 1.5 IQR, outliers, " + n
+	case results.FigureDensity:
+		subtitle = "Gaussian kernel density (Scott), " + n
+	case results.FigureCDF:
+		subtitle = "Empirical distribution, " + n
+	}
+	if failed > 0 {
+		subtitle += fmt.Sprintf("; %d not ok left out", failed)
+	}
+
+	var parts []string
+	for _, c := range []struct{ column, name, none string }{
+		{"variant", "variant", ""}, {"shaper", "shaper", ""}, {"rtt_ms", "RTT", ""}, {"rate_mbit", "rate", ""}, {"loss", "loss", ""},
+		{"region_bytes", "region", ""}, {"chunk_bytes", "chunk", ""}, {"device", "device", ""}, {"kernel", "kernel", ""}, {"cpus", "placement", "free"},
+	} {
+		if c.column == f.spec.X.Column || slices.Contains(f.spec.Keys, c.column) {
+			continue
+		}
+		if v := values(rows, c.column, c.none); v != "" {
+			parts = append(parts, strings.ReplaceAll(c.name+" "+v, " ", noBreak))
+		}
+	}
+	caption = strings.Join(parts, " · ") + "."
+	if len(empty) > 0 {
+		caption += " No run is ok: " + strings.Join(empty, ", ") + "."
+	}
+	if f.hasThesis() {
+		caption += " Thesis: Pojtinger 2023, read from its figure " + f.spec.Thesis + "."
+	}
+	if f.spec.Note != "" {
+		caption += " " + f.spec.Note
+	}
+	return subtitle, caption
+}
+
+// values returns the values that a column takes, as people read them.
+func values(rows []results.Row, column, none string) string {
+	var out []string
+	for _, r := range rows {
+		v, _ := r.Get(column)
+		switch x, _ := strconv.ParseFloat(v, 64); {
+		case column == "region_bytes" || column == "chunk_bytes":
+			if v = bytesText(int64(x)); x == 0 {
+				v = ""
+			}
+		case column == "rtt_ms":
+			v += " ms"
+		case column == "rate_mbit" && x >= 1000:
+			v = strconv.FormatFloat(x/1000, 'g', 4, 64) + " Gbit/s"
+		case column == "rate_mbit" && x > 0:
+			v += " Mbit/s"
+		case column == "loss" && x > 0:
+			v = strconv.FormatFloat(x*100, 'g', 4, 64) + " %"
+		case v == "0":
+			v = ""
+		}
+		if v = cmp.Or(v, none); v != "" && !slices.Contains(out, v) {
+			out = append(out, v)
+		}
+	}
+	if len(out) > 4 {
+		return fmt.Sprintf("%s ... %s (%d values)", out[0], out[len(out)-1], len(out))
+	}
+	return strings.Join(out, ", ")
+}
+
+func bytesText(n int64) string {
+	for i, u := range []string{"GiB", "MiB", "KiB"} {
+		if unit := int64(1) << (30 - 10*i); n != 0 && n%unit == 0 {
+			return fmt.Sprintf("%d %s", n/unit, u)
+		}
+	}
+	return fmt.Sprintf("%d B", n)
+}
+
+// theirs returns the thesis's series for a point of the entry.
+func (f *figure) theirs(e entry, x string) (results.ThesisSeries, bool) {
+	s, ok := f.thesis[strings.ReplaceAll(e.Thesis, "{x}", x)]
+	return s, ok && e.Thesis != ""
+}
+
+func (f *figure) hasThesis() bool {
+	for _, e := range f.entries {
+		for _, x := range f.cats {
+			if s, ok := f.theirs(e, x); ok && len(f.thesisValues(s)) > 0 {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// thesisValues returns what the figure's kind shows of a thesis's series, in shown units.
+func (f *figure) thesisValues(s results.ThesisSeries) []float64 {
+	var out []float64
+	stat := func(names ...string) {
+		for _, n := range names {
+			if p, ok := s.Stat(n); ok {
+				out = append(out, f.spec.Y.Shown(p.Base()))
+			}
+		}
+	}
+	switch f.spec.Kind {
+	case results.FigureLine:
+		for _, p := range s.Curve() {
+			out = append(out, f.spec.Y.Shown(p.Base()))
+		}
+	case results.FigureBar:
+		if c := s.Curve(); len(c) > 0 && c[0].X == results.Num(0) {
+			out = append(out, f.spec.Y.Shown(c[0].Base()))
+		}
+	case results.FigureBox:
+		if stat("whisker_low", "q1", "median", "q3", "whisker_high"); len(out) != 5 {
+			return nil
+		}
+	case results.FigureDensity:
+		stat("peak_position")
+	}
+	return out
+}
+
+// makeLegend lists what the plot shows. A figure of one bar or box a series
+// names them on its axis and needs no more than the thesis's entry.
+func (f *figure) makeLegend() {
+	named := f.horizontal() && f.spec.X.Column == ""
+	for _, e := range f.entries {
+		if named || !e.hasValues() {
+			continue
+		}
+		f.legend = append(f.legend, legendItem{e.name(), func(c *draw.Canvas, r vg.Rectangle) {
+			mid := (r.Min.Y + r.Max.Y) / 2
+			switch f.spec.Kind {
+			case results.FigureLine:
+				if e.hasCI() {
+					c.FillPolygon(e.band(), rect(r.Min.X, mid-3, r.Max.X, mid+3))
+				}
+				c.StrokeLine2(e.line(), r.Min.X, mid, r.Max.X, mid)
+				e.drawMarker(c, vg.Point{X: (r.Min.X + r.Max.X) / 2, Y: mid}, 1)
+			case results.FigureDensity, results.FigureCDF:
+				c.StrokeLine2(e.line(), r.Min.X, mid, r.Max.X, mid)
+			case results.FigureBar:
+				if f.spec.Y.Log {
+					e.drawMarker(c, vg.Point{X: (r.Min.X + r.Max.X) / 2, Y: mid}, 1)
+					break
+				}
+				c.FillPolygon(e.color, rect(r.Min.X+4, mid-2.5, r.Max.X-2, mid+2.5))
+			default:
+				c.FillPolygon(e.color, rect(r.Min.X+4, mid-2.5, r.Max.X-2, mid+2.5))
+			}
+		}})
+	}
+	if f.hasThesis() {
+		grey := style{color: grey}
+		what := "thesis (pale, same colour)"
+		if f.spec.Kind == results.FigureDensity {
+			what = "thesis's peak (pale, same colour)"
+		}
+		f.legend = append(f.legend, legendItem{what, func(c *draw.Canvas, r vg.Rectangle) {
+			mid := (r.Min.Y + r.Max.Y) / 2
+			if f.spec.Kind == results.FigureBar && f.spec.Y.Log {
+				c.DrawGlyphNoClip(draw.GlyphStyle{Color: grey.pale(), Radius: 2.6, Shape: draw.CircleGlyph{}}, vg.Point{X: (r.Min.X + r.Max.X) / 2, Y: mid})
+			} else if f.horizontal() {
+				c.FillPolygon(grey.pale(), rect(r.Min.X+4, mid-2.5, r.Max.X-2, mid+2.5))
+			} else {
+				c.StrokeLine2(grey.thesisLine(), r.Min.X, mid, r.Max.X, mid)
+			}
+		}})
+	}
+	widest := vg.Length(0)
+	for _, l := range f.legend {
+		widest = max(widest, legendText.Width(l.label))
+	}
+	f.columns = max(1, min(len(f.legend), int((width-2*margin)/(widest+sampleWidth+12))))
+}
+
+const (
+	sampleWidth  = 20 * vg.Length(1)
+	legendLine   = 10.5 * vg.Length(1)
+	legendGap    = 3 * vg.Length(1)
+	labelLine    = 10.5 * vg.Length(1)
+	titleLine    = 11 * vg.Length(1)
+	subtitleLine = 9.5 * vg.Length(1)
+	captionLine  = 7.6 * vg.Length(1)
+)
+
+var (
+	titleText    = textStyle(8.5, true, ink)
+	subtitleText = textStyle(7, false, grey)
+	legendText   = textStyle(7, false, ink)
+	axisText     = textStyle(7.5, false, ink)
+	tickText     = textStyle(6.8, false, ink)
+	captionText  = textStyle(5.8, false, grey)
+)
+
+// layout fixes the parts' heights and the figure's, top to bottom: title,
+// subtitle, plot, legend, caption.
+func (f *figure) layout() (title, subtitle, caption []string, plotH vg.Length) {
+	w := width - 2*margin
+	title, subtitle, caption = wrap(titleText, f.spec.Title, w), wrap(subtitleText, f.subtitle, w), wrap(captionText, f.caption, w)
+	plotH = plotHeight
+	if f.horizontal() {
+		_, span := f.rows()
+		plotH = 34 + vg.Length(span)*max(13, min(26, 130/vg.Length(span)))
+	}
+	f.height = 2*margin + plotH + legendGap + titleLine*vg.Length(len(title)) + subtitleLine*vg.Length(len(subtitle)) + 3 +
+		legendLine*vg.Length((len(f.legend)+f.columns-1)/f.columns) + 4 + captionLine*vg.Length(len(caption))
+	return
+}
+
+// noBreak is a space at which no line ends.
+const noBreak = "\u00a0"
+
+// wrap breaks text into lines of at most w.
+func wrap(s text.Style, txt string, w vg.Length) []string {
+	var lines []string
+	line := ""
+	for _, word := range strings.Split(txt, " ") {
+		if longer := strings.TrimSpace(line + " " + word); line == "" || s.Width(longer) <= w {
+			line = longer
+			continue
+		}
+		lines = append(lines, strings.ReplaceAll(line, noBreak, " "))
+		line = word
+	}
+	return append(lines, strings.ReplaceAll(line, noBreak, " "))
+}
+
+// draw paints the whole figure.
+func (f *figure) draw(c draw.Canvas) {
+	title, subtitle, caption, plotH := f.layout()
+	y := f.height - margin
+	lines := func(s text.Style, txt []string, height vg.Length) {
+		for _, l := range txt {
+			c.FillText(s, vg.Point{X: margin, Y: y}, l)
+			y -= height
+		}
+	}
+	c.SetColor(color.White)
+	c.Fill(c.Rectangle.Path())
+	lines(titleText, title, titleLine)
+	lines(subtitleText, subtitle, subtitleLine)
+	y -= 3
+
+	area := c
+	area.Rectangle = vg.Rectangle{Min: vg.Point{X: margin, Y: y - plotH}, Max: vg.Point{X: width - margin, Y: y}}
+	p := plot.New()
+	p.BackgroundColor = nil
+	for _, a := range []*plot.Axis{&p.X, &p.Y} {
+		a.LineStyle.Width, a.LineStyle.Color = 0.5, ink
+		a.Tick.LineStyle.Width, a.Tick.LineStyle.Color, a.Tick.Length = 0.5, ink, 3
+		a.Padding, a.Label.Padding = 0, 0
+		a.Tick.Label.Font, a.Tick.Label.Color = tickText.Font, tickText.Color
+	}
+	layer, xLabel, yLabel := f.prepare(p)
+	// The axes' labels are drawn here: plot reserves room for them as if their
+	// middle were that of a linear axis.
+	if xLabel != "" {
+		area.Min.Y += labelLine
+	}
+	if yLabel != "" {
+		area.Min.X += labelLine + 1
+	}
+	grid := plotter.NewGrid()
+	grid.Horizontal = draw.LineStyle{Color: rule, Width: 0.5}
+	grid.Vertical = grid.Horizontal
+	if f.horizontal() {
+		grid.Horizontal.Width = 0
+	}
+	p.Add(grid, layer)
+	p.Draw(area)
+	middle := p.DataCanvas(area)
+	s := axisText
+	s.XAlign, s.YAlign = draw.XCenter, draw.YBottom
+	c.FillText(s, vg.Point{X: middle.Center().X, Y: area.Min.Y - labelLine + 1}, xLabel)
+	s.Rotation, s.YAlign = math.Pi/2, draw.YTop
+	c.FillText(s, vg.Point{X: margin, Y: middle.Center().Y}, yLabel)
+	y -= plotH + legendGap
+
+	colW := (width - 2*margin) / vg.Length(f.columns)
+	for i, l := range f.legend {
+		x := margin + colW*vg.Length(i%f.columns)
+		top := y - legendLine*vg.Length(i/f.columns)
+		l.sample(&c, vg.Rectangle{Min: vg.Point{X: x, Y: top - legendLine}, Max: vg.Point{X: x + sampleWidth, Y: top}})
+		s = legendText
+		s.YAlign = draw.YCenter
+		c.FillText(s, vg.Point{X: x + sampleWidth + 4, Y: top - legendLine/2 + 0.6}, l.label)
+	}
+	y -= legendLine*vg.Length((len(f.legend)+f.columns-1)/f.columns) + 4
+	lines(captionText, caption, captionLine)
+}
+
+func (f *figure) png() ([]byte, error) {
+	f.layout()
+	c := vgimg.NewWith(vgimg.UseWH(width, f.height), vgimg.UseDPI(dpi))
+	f.draw(draw.New(c))
+	var b bytes.Buffer
+	_, err := vgimg.PngCanvas{Canvas: c}.WriteTo(&b)
+	return b.Bytes(), err
+}
+
+func (f *figure) svg() ([]byte, error) {
+	f.layout()
+	c := vgsvg.New(width, f.height)
+	f.draw(draw.New(c))
+	var b bytes.Buffer
+	if _, err := c.WriteTo(&b); err != nil {
+		return nil, err
+	}
+	// The face is Liberation Sans; Arial and Helvetica have the same metrics, so
+	// that the layout holds where it is not installed. The title is what a screen
+	// reader says.
+	s := strings.ReplaceAll(b.String(), "font-family:Liberation Sans;", "font-family:'Liberation Sans',Arial,Helvetica,sans-serif;")
+	if i := strings.Index(s, "<svg"); i >= 0 {
+		j := i + strings.Index(s[i:], ">") + 1
+		s = s[:j] + "\n<title>" + html.EscapeString(f.spec.Title+". "+f.subtitle+".") + "</title>" + s[j:]
+	}
+	return []byte(s), nil
+}
