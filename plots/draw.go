@@ -471,6 +471,7 @@ func (f *figure) draw(c draw.Canvas) {
 		a.Tick.LineStyle.Width, a.Tick.LineStyle.Color, a.Tick.Length = 0.5, ink, 3
 		a.Padding, a.Label.Padding = 0, 0
 		a.Tick.Label.Font, a.Tick.Label.Color = tickText.Font, tickText.Color
+		a.Label.TextStyle.Font = tickText.Font // its space is the gap at the ticks
 	}
 	layer, xLabel, yLabel := f.prepare(p)
 	// The axes' labels are drawn here: plot reserves room for them as if their

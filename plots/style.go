@@ -51,7 +51,7 @@ type style struct {
 // styleOf gives the i-th series its style; colours repeat before pairs of colour and dash do.
 func styleOf(i int) style {
 	n := len(okabeIto)
-	return style{okabeIto[i%n], dashes[(i+i/n)%len(dashes)], i % markers}
+	return style{okabeIto[i%n], dashes[(i+i/n)%len(dashes)], (i + 2*(i/n)) % markers}
 }
 
 // pale is the colour mixed with white, for the thesis's layer.

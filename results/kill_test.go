@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -203,6 +204,29 @@ func TestFullDisk(t *testing.T) {
 	rows, err := Read(dir)
 	if err != nil || len(ClosedRuns(rows)) != 3 {
 		t.Errorf("%d runs, %v", len(ClosedRuns(rows)), err)
+	}
+}
+
+// TestFailedSync uses a pipe, which can be written but neither synced nor cut:
+// once that fails, nobody knows what a file holds, so the Writer must refuse.
+func TestFailedSync(t *testing.T) {
+	r, f, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	w := &Writer{f: f, closed: map[string]Status{}}
+	if err := w.Append(testRun(t, "a")...); !errors.Is(err, unix.EINVAL) {
+		t.Errorf("append that cannot be synced: %v", err)
+	}
+	if _, ok := w.Closed("a"); ok {
+		t.Error("the run counts as closed")
+	}
+	if err := w.Append(testRun(t, "b")...); err == nil || !strings.Contains(err.Error(), "unusable") {
+		t.Errorf("append after a failed sync: %v", err)
+	}
+	if err := w.Close(); err != nil {
+		t.Error(err)
 	}
 }
 
