@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -72,6 +73,7 @@ type Outcome struct {
 	RTT       time.Duration
 	Rate      float64 // bit/s measured on the link; 0 where it has none
 	Took      time.Duration
+	yard      time.Duration // of Took, spent on yardsticks
 }
 
 // Rows returns the outcome as records.
@@ -229,7 +231,7 @@ func (r *Runner) Run(ctx context.Context, it Item) (o Outcome) {
 	defer func() {
 		o.Took = time.Since(began)
 		if o.Err == nil {
-			o.Values["harness_overhead"] = (o.Took - o.measured()).Seconds()
+			o.Values["harness_overhead"] = (o.Took - o.yard - o.measured()).Seconds()
 		}
 		o.Status = o.status(ctx)
 	}()
@@ -298,37 +300,43 @@ type run struct {
 	source, daemon, workload *role.Process
 }
 
-func (r *run) do(ctx context.Context) (err error) {
-	if r.link != nil {
-		before, err := r.echo(ctx)
-		if err != nil {
-			return err
-		}
-		defer func() {
-			if err == nil {
-				var after time.Duration
-				after, err = r.echo(ctx)
-				r.out.RTT = (before + after) / 2
-				r.out.Values["rtt_measured"] = r.out.RTT.Seconds()
-			}
-		}()
-		r.out.RTT = before
-		cal := r.link.calibration
-		if len(cal.Rates) > 0 {
-			r.out.Rate = cal.Rates[0].Measured
-			r.out.Values["rate_measured"] = r.out.Rate
-		}
-		if cal.Goodput > 0 {
-			r.out.Values["tcp_goodput"] = cal.Goodput / 8
-		}
-		if !r.link.calibration.Accepted {
-			defer func() {
-				if err == nil {
-					err = fmt.Errorf("%w: %v", errUncalibrated, r.link.calibration.Reasons)
-				}
-			}()
-		}
+func (r *run) do(ctx context.Context) error {
+	if r.link == nil {
+		return r.inFolder(ctx)
 	}
+	cal := r.link.calibration
+	if len(cal.Rates) > 0 {
+		r.out.Rate = cal.Rates[0].Measured
+		r.out.Values["rate_measured"] = r.out.Rate
+	}
+	if cal.Goodput > 0 {
+		r.out.Values["tcp_goodput"] = cal.Goodput / 8
+	}
+	before, err := r.echo(ctx)
+	r.out.RTT = before
+	if err != nil {
+		return err
+	}
+	if err := r.inFolder(ctx); err != nil {
+		return err
+	}
+	if err := r.drain(ctx); err != nil {
+		return err
+	}
+	after, err := r.echo(ctx)
+	if err != nil {
+		return err
+	}
+	r.out.RTT = (before + after) / 2
+	r.out.Values["rtt_measured"] = r.out.RTT.Seconds()
+	if !cal.Accepted {
+		return fmt.Errorf("%w: %s", errUncalibrated, strings.Join(cal.Reasons, "; "))
+	}
+	return nil
+}
+
+// inFolder makes the run's processes and a folder for them, and measures.
+func (r *run) inFolder(ctx context.Context) (err error) {
 	dir, err := os.MkdirTemp(r.Scratch, "run-")
 	if err != nil {
 		return err
@@ -342,6 +350,27 @@ func (r *run) do(ctx context.Context) (err error) {
 		return err
 	}
 	return r.measure(ctx, r.cell.setup(r.seed, dir), r.cell.work(r.seed))
+}
+
+// drain waits until the link is idle: what a strategy had in flight when it was
+// closed would stand before the echoes.
+func (r *run) drain(ctx context.Context) error {
+	quiet := r.cell.Link.RTT/2 + 5*time.Millisecond // a packet may be on the way that long, unseen
+	defer r.yardstick()()
+	last, err := r.link.Counters()
+	for until := time.Now().Add(5 * time.Second); err == nil; {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(quiet):
+		}
+		now, e := r.link.Counters()
+		if err = e; now == last || time.Now().After(until) {
+			break
+		}
+		last = now
+	}
+	return err
 }
 
 // echo measures the RTT, and says whether it is what it should be.
@@ -580,6 +609,9 @@ func (r *run) stats(s strategies.Stats) {
 	v["demand_requests"], v["demand_bytes"] = float64(s.DemandRequests), float64(s.DemandBytes)
 	v["prefetch_requests"], v["prefetch_bytes"] = float64(s.PrefetchRequests), float64(s.PrefetchBytes)
 	v["push_requests"], v["push_bytes"] = float64(s.PushRequests), float64(s.PushBytes)
+	if s.Faults > 0 {
+		v["faults"] = float64(s.Faults)
+	}
 	v["payload_bytes"] = float64(s.DemandBytes + s.PrefetchBytes + s.PushBytes)
 	for name, n := range s.Extra {
 		v[name] = float64(n)
@@ -623,6 +655,7 @@ func (r *run) floorTCP(ctx context.Context, addr string) error {
 		r.Runner.floors = map[floorKey][]float64{}
 	}
 	if len(r.Runner.floors[k]) < floorStreams {
+		defer r.yardstick()()
 		var f role.Floors
 		if _, err := r.daemon.Ask(ctx, "floors", role.DaemonFloorArgs{Addr: addr, Bulk: n}, &f); err != nil {
 			return err
@@ -633,8 +666,16 @@ func (r *run) floorTCP(ctx context.Context, addr string) error {
 	return nil
 }
 
+// yardstick counts the time until the returned function is called as a
+// yardstick's, which is neither measured section nor overhead.
+func (r *run) yardstick() func() {
+	start := time.Now()
+	return func() { r.out.yard += time.Since(start) }
+}
+
 // floors measures the other yardsticks with the same processes.
 func (r *run) floors(ctx context.Context, addr string) error {
+	defer r.yardstick()()
 	place, err := ParsePlacement(r.cell.CPUs)
 	if err != nil {
 		return err

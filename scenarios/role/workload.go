@@ -166,9 +166,9 @@ func (w *workload) attach(_ context.Context, body json.RawMessage, files []*os.F
 		return nil, nil, err
 	}
 	if len(files) > 0 {
-		a.File = files[0]
+		a.File = files[0] // the view's from here on
+		closeAll(files[1:])
 	}
-	defer closeAll(files)
 	v, err := attach.Open(a, attach.Options{Via: w.work.Via})
 	if err != nil {
 		return nil, nil, err
