@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,7 +22,8 @@ const (
 	readBuffer  = 64 << 10
 	writePiece  = 256 << 10 // of a slow write, between two deadlines
 	directLimit = 16 << 10  // payloads this long go straight into the caller's buffer
-	headLimit   = 4 << 10   // read ahead of such a payload, so that little of it is copied
+	maxIovecs   = 2 * batchReplies
+	headLimit   = 4 << 10 // read ahead of such a payload, so that little of it is copied
 )
 
 var (
@@ -40,7 +43,7 @@ var (
 type link struct {
 	conn net.Conn        // for plain reads and slow writes: out, or TLS above it
 	out  *tailConn       // the connection as given
-	raw  syscall.RawConn // of out; nil where there is no descriptor to poll
+	raw  syscall.RawConn // nil where there is no descriptor to poll
 	wake *os.File        // eventfd that ends a poll; nil without interrupt
 
 	buf     []byte
@@ -49,17 +52,24 @@ type link struct {
 
 	interruptible bool
 
+	life sync.Mutex // of the descriptors, against close
+	sock *os.File   // that of raw
+	dead bool
+
 	// Arguments and results of the functions below, which are made once so
 	// that a request allocates nothing.
-	recvFn, pollFn, writeFn func(fd uintptr) bool
-	readTo                  []byte
-	readN                   int
-	readErr                 error
-	timeout                 int // ms; -1 is none
-	bufs                    [][]byte
-	writeN                  int
-	writeErr                error
-	pollFds                 [2]unix.PollFd
+	recvFn, pollFn, writeFn, pollOutFn func(fd uintptr) bool
+	readTo                             []byte
+	readFlags                          int
+	readN                              int
+	readErr                            unix.Errno
+	timeout                            int // ms; -1 is none
+	iov                                []unix.Iovec
+	msg                                unix.Msghdr
+	writeN                             int
+	writeErr                           unix.Errno
+	writeWait                          int // ms
+	pollFds                            [2]unix.PollFd
 }
 
 // newLink wraps c for the handshake: the deadlines of c hold.
@@ -68,9 +78,11 @@ func newLink(c net.Conn) *link {
 	return &link{conn: out, out: out, buf: make([]byte, readBuffer)}
 }
 
-// enterTransmission turns on the poll(2) path where the connection is a plain
-// socket; its read deadlines mean nothing after that. With interruptible,
-// interrupt works from here on.
+// enterTransmission takes a plain TCP or Unix socket away from Go's network
+// poller: in there, each arrival would also wake a thread that waits in
+// epoll_wait(2) for nothing, on a CPU that the peer needs (measured: +15 us for
+// a round trip on two CPUs). The socket given is closed for that, and a
+// duplicate takes its place. With interruptible, interrupt works from here on.
 func (l *link) enterTransmission(interruptible bool) error {
 	l.interruptible = interruptible
 	if l.conn != net.Conn(l.out) {
@@ -85,39 +97,65 @@ func (l *link) enterTransmission(interruptible bool) error {
 	default:
 		return nil
 	}
-	raw, err := sc.SyscallConn()
+	l.life.Lock()
+	defer l.life.Unlock()
+	if l.dead {
+		return net.ErrClosed
+	}
+	own, err := takeSocket(sc)
 	if err != nil {
+		return err
+	}
+	raw, err := own.SyscallConn()
+	if err != nil {
+		own.Close()
 		return err
 	}
 	n := 1
 	if interruptible {
 		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 		if err != nil {
+			own.Close()
 			return os.NewSyscallError("eventfd", err)
 		}
 		l.wake = os.NewFile(uintptr(fd), "nbd-wake")
 		l.pollFds[1] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
 		n = 2
 	}
+	l.sock, l.raw = own, raw
+	l.out.Conn.Close()
+
 	l.recvFn = func(fd uintptr) bool {
-		l.readN, l.readErr = unix.Read(int(fd), l.readTo)
+		// Not unix.Read or Writev: they tell the race detector of an access,
+		// but a view of memory that is being served may change at any time.
+		r, _, errno := unix.Syscall6(unix.SYS_RECVFROM, fd, uintptr(unsafe.Pointer(unsafe.SliceData(l.readTo))), uintptr(len(l.readTo)), uintptr(l.readFlags), 0, 0)
+		l.readN, l.readErr = int(r), errno
 		return true
 	}
 	l.pollFn = func(fd uintptr) bool {
 		l.pollFds[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
-		l.readN, l.readErr = unix.Poll(l.pollFds[:n], l.timeout)
+		l.readN, l.readErr = poll(l.pollFds[:n], l.timeout)
 		return true
 	}
 	l.writeFn = func(fd uintptr) bool {
-		if len(l.bufs) == 1 {
-			l.writeN, l.writeErr = unix.Write(int(fd), l.bufs[0])
-		} else {
-			l.writeN, l.writeErr = unix.Writev(int(fd), l.bufs)
-		}
+		l.msg = unix.Msghdr{Iov: unsafe.SliceData(l.iov)}
+		l.msg.SetIovlen(len(l.iov))
+		r, _, errno := unix.Syscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&l.msg)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+		l.writeN, l.writeErr = int(r), errno
 		return true
 	}
-	l.raw = raw
+	l.pollOutFn = func(fd uintptr) bool {
+		p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+		l.writeN, l.writeErr = poll(p[:], l.writeWait)
+		return true
+	}
 	return nil
+}
+
+func poll(fds []unix.PollFd, ms int) (int, unix.Errno) {
+	n, err := unix.Poll(fds, ms)
+	errno, _ := err.(unix.Errno)
+	return n, errno
 }
 
 // buffered returns what is read but not consumed; it stays valid until the
@@ -143,8 +181,12 @@ func (l *link) recv(p []byte) (int, error) {
 	if l.raw == nil || l.drained {
 		return 0, errAgain
 	}
+	return l.receive(p, unix.MSG_DONTWAIT)
+}
+
+func (l *link) receive(p []byte, flags int) (int, error) {
 	for {
-		l.readTo = p
+		l.readTo, l.readFlags = p, flags
 		err := l.raw.Read(l.recvFn)
 		l.readTo = nil
 		switch {
@@ -155,8 +197,8 @@ func (l *link) recv(p []byte) (int, error) {
 		case l.readErr == unix.EAGAIN:
 			l.drained = true
 			return 0, errAgain
-		case l.readErr != nil:
-			return 0, os.NewSyscallError("read", l.readErr)
+		case l.readErr != 0:
+			return 0, os.NewSyscallError("recv", l.readErr)
 		case l.readN == 0:
 			return 0, io.EOF
 		}
@@ -194,6 +236,11 @@ func (l *link) await(timeout time.Duration) error {
 		}
 		return err
 	}
+	if l.wake == nil && timeout == 0 { // nothing but bytes can end the wait
+		n, err := l.receive(l.space(readBuffer/2), 0)
+		l.w += n
+		return err
+	}
 	l.timeout = -1
 	if timeout > 0 {
 		l.timeout = int(max(timeout.Milliseconds(), 1))
@@ -205,7 +252,7 @@ func (l *link) await(timeout time.Duration) error {
 		switch {
 		case l.readErr == unix.EINTR:
 			continue
-		case l.readErr != nil:
+		case l.readErr != 0:
 			return os.NewSyscallError("poll", l.readErr)
 		case l.readN == 0:
 			return os.ErrDeadlineExceeded
@@ -290,20 +337,23 @@ func (l *link) trySend(bufs [][]byte) ([][]byte, error) {
 		return bufs, nil
 	}
 	for {
-		l.bufs = bufs
+		l.iov = l.iov[:0]
+		for _, b := range bufs[:min(len(bufs), maxIovecs)] {
+			v := unix.Iovec{Base: unsafe.SliceData(b)}
+			v.SetLen(len(b))
+			l.iov = append(l.iov, v)
+		}
 		err := l.raw.Write(l.writeFn)
-		l.bufs = nil
-		if err != nil {
+		clear(l.iov)
+		switch {
+		case err != nil:
 			return nil, err
-		}
-		if l.writeErr == unix.EINTR {
+		case l.writeErr == unix.EINTR:
 			continue
-		}
-		if l.writeErr == unix.EAGAIN {
+		case l.writeErr == unix.EAGAIN:
 			return bufs, nil
-		}
-		if l.writeErr != nil {
-			return nil, os.NewSyscallError("write", l.writeErr)
+		case l.writeErr != 0:
+			return nil, os.NewSyscallError("sendmsg", l.writeErr)
 		}
 		n := l.writeN
 		for len(bufs) > 0 && n >= len(bufs[0]) {
@@ -319,13 +369,26 @@ func (l *link) trySend(bufs [][]byte) ([][]byte, error) {
 
 // sendAll writes bufs, which it uses up. It fails after stall without progress.
 func (l *link) sendAll(bufs [][]byte, stall time.Duration) error {
-	bufs, err := l.trySend(bufs)
-	if err != nil || len(bufs) == 0 {
-		return err
+	for {
+		var err error
+		if bufs, err = l.trySend(bufs); err != nil || len(bufs) == 0 {
+			return err
+		}
+		if l.raw == nil {
+			break
+		}
+		l.writeWait = int(max(stall.Milliseconds(), 1))
+		switch err := l.raw.Write(l.pollOutFn); {
+		case err != nil:
+			return err
+		case l.writeErr != 0 && l.writeErr != unix.EINTR:
+			return os.NewSyscallError("poll", l.writeErr)
+		case l.writeErr == 0 && l.writeN == 0:
+			return fmt.Errorf("peer has read nothing for %v: %w", stall, os.ErrDeadlineExceeded)
+		}
 	}
 	defer l.out.SetWriteDeadline(time.Time{})
-	for len(bufs) > 0 {
-		b := bufs[0]
+	for _, b := range bufs {
 		for len(b) > 0 {
 			if err := l.out.SetWriteDeadline(time.Now().Add(stall)); err != nil {
 				return err
@@ -336,10 +399,6 @@ func (l *link) sendAll(bufs [][]byte, stall time.Duration) error {
 			}
 			b = b[n:]
 		}
-		bufs = bufs[1:]
-		if bufs, err = l.trySend(bufs); err != nil {
-			return err
-		}
 	}
 	return nil
 }
@@ -349,6 +408,9 @@ func (l *link) sendAll(bufs [][]byte, stall time.Duration) error {
 // stays whole; it then returns ctx's error, or errNotSent where no byte of bufs
 // is or will be on its way.
 func (l *link) sendSlow(ctx context.Context, bufs [][]byte, begun bool) error {
+	if l.raw != nil {
+		return l.sendSlowRaw(ctx, bufs, begun)
+	}
 	stop := l.out.cancelOn(ctx)
 	defer stop()
 	if err := l.out.flush(); err != nil {
@@ -366,6 +428,49 @@ func (l *link) sendSlow(ctx context.Context, bufs [][]byte, begun bool) error {
 		return ctx.Err()
 	}
 	return nil
+}
+
+// cancelPoll is how often a sender that the peer keeps waiting looks at its context.
+const cancelPoll = 10 * time.Millisecond
+
+func (l *link) sendSlowRaw(ctx context.Context, bufs [][]byte, begun bool) error {
+	t := l.out
+	for {
+		if len(t.tail) > 0 {
+			rest, err := l.trySend([][]byte{t.tail})
+			if err != nil {
+				return err
+			}
+			if t.tail = nil; len(rest) > 0 {
+				t.tail = rest[0]
+			}
+		}
+		if len(t.tail) == 0 {
+			before := len(bufs[0])
+			n := len(bufs)
+			var err error
+			if bufs, err = l.trySend(bufs); err != nil || len(bufs) == 0 {
+				return err
+			}
+			begun = begun || len(bufs) < n || len(bufs[0]) < before
+		}
+		if err := ctx.Err(); err != nil {
+			if !begun {
+				return errNotSent
+			}
+			for _, b := range bufs {
+				t.tail = append(t.tail, b...)
+			}
+			return err
+		}
+		l.writeWait = int(cancelPoll.Milliseconds())
+		if err := l.raw.Write(l.pollOutFn); err != nil {
+			return err
+		}
+		if l.writeErr != 0 && l.writeErr != unix.EINTR {
+			return os.NewSyscallError("poll", l.writeErr)
+		}
+	}
 }
 
 // disconnect sends NBD_CMD_DISC if that needs no waiting to speak of.
@@ -391,10 +496,14 @@ func (l *link) bye() {
 
 // close ends reads and writes that are under way, and releases everything.
 func (l *link) close() {
+	l.life.Lock()
+	defer l.life.Unlock()
+	l.dead = true
+	l.out.Conn.Close()
 	if l.raw != nil {
 		l.raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+		l.sock.Close() // takes effect once poll and recv have left it
 	}
-	l.out.Conn.Close() // waits for poll and read to leave the descriptor
 	if l.wake != nil {
 		l.wake.Close()
 	}

@@ -1,0 +1,175 @@
+package nbd
+
+import (
+	"bufio"
+	"context"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"memsync/strategies/region"
+	"memsync/strategies/transport"
+)
+
+const benchSize = 64 << 20
+
+// startRole runs a role of this test binary, and returns the address it prints.
+func startRole(t testing.TB, args ...string) transport.Dialer {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(exe, append([]string{"nbd-test-role"}, args...)...)
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in.Close()
+		cmd.Wait()
+	})
+	addr, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	return transport.DialFunc(func(ctx context.Context) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "tcp", strings.TrimSpace(addr))
+	})
+}
+
+// blockingFD returns a descriptor of c in blocking mode.
+func blockingFD(t testing.TB, c net.Conn) int {
+	f, err := c.(*net.TCPConn).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close(); c.Close() })
+	fd := int(f.Fd())
+	if err := unix.SetNonblock(fd, false); err != nil {
+		t.Fatal(err)
+	}
+	return fd
+}
+
+// floorRR is a request of 28 bytes and a reply of 4 KiB by blocking system calls.
+func floorRR(t testing.TB, fd int, p []byte) {
+	if _, err := unix.Write(fd, p[:requestSize]); err != nil {
+		t.Fatal(err)
+	}
+	for n := 0; n < len(p); {
+		k, err := unix.Read(fd, p[n:])
+		if err != nil || k == 0 {
+			t.Fatal(k, err)
+		}
+		n += k
+	}
+}
+
+func report(b *testing.B, name string, d []time.Duration) time.Duration {
+	slices.Sort(d)
+	b.ReportMetric(float64(d[len(d)/2].Nanoseconds()), name+"-p50-ns")
+	b.ReportMetric(float64(d[len(d)*99/100].Nanoseconds()), name+"-p99-ns")
+	return d[len(d)/2]
+}
+
+// BenchmarkRoundTrip compares a 4 KiB read with a raw exchange of the same
+// size, taken in turn.
+func BenchmarkRoundTrip(b *testing.B) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	raw, err := startRole(b, "echo").Dial(ctx)
+	if err != nil {
+		b.Fatal(err)
+	}
+	fd := blockingFD(b, raw)
+	c := open(b, &Transport{}, startRole(b, "serve", "67108864"), transport.Options{})
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	p := make([]byte, 4096)
+	var floor, nbd []time.Duration
+	i := int64(0)
+	for b.Loop() {
+		if i/256%2 == 0 { // alternate in runs: neither warms up the other
+			t := time.Now()
+			floorRR(b, fd, p)
+			floor = append(floor, time.Since(t))
+		} else {
+			t := time.Now()
+			if err := c.ReadAt(ctx, p, i*4096%benchSize); err != nil {
+				b.Fatal(err)
+			}
+			nbd = append(nbd, time.Since(t))
+		}
+		i++
+	}
+	if len(nbd) > 0 {
+		f, n := report(b, "floor", floor), report(b, "nbd", nbd)
+		b.ReportMetric(float64(n)/float64(f), "ratio")
+		b.ReportMetric(float64(n-f), "above-ns")
+	}
+}
+
+// BenchmarkBulk compares 1 MiB reads, four at a time, with a raw stream.
+func BenchmarkBulk(b *testing.B) {
+	ctx := context.Background()
+	dial := startRole(b, "stream")
+	c := open(b, &Transport{}, startRole(b, "serve", "67108864"), transport.Options{})
+	var floor, nbd []time.Duration
+	for b.Loop() {
+		raw, err := dial.Dial(ctx)
+		if err != nil {
+			b.Fatal(err)
+		}
+		t := time.Now()
+		p := make([]byte, 1<<20)
+		for n := 0; n < benchSize; {
+			k, err := raw.Read(p)
+			if err == io.EOF || err != nil {
+				b.Fatal(n, err)
+			}
+			n += k
+		}
+		raw.Close()
+		floor = append(floor, time.Since(t))
+
+		t = time.Now()
+		var wg sync.WaitGroup
+		for w := range int64(4) {
+			wg.Go(func() {
+				p := make([]byte, 1<<20)
+				for off := w << 20; off < benchSize; off += 4 << 20 {
+					if err := c.ReadAt(ctx, p, off); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+				if err := (region.Content{Seed: 1}).Check(p, benchSize-(4-w)<<20); err != nil {
+					b.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		nbd = append(nbd, time.Since(t))
+	}
+	f, n := report(b, "floor", floor), report(b, "nbd", nbd)
+	b.ReportMetric(float64(f)/float64(n), "throughput-ratio")
+	b.ReportMetric(benchSize/n.Seconds()/1e6, "nbd-MB/s")
+}
