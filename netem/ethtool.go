@@ -8,32 +8,32 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Commands of include/uapi/linux/ethtool.h that get and set one offload.
+// offload is a command of include/uapi/linux/ethtool.h that reads one offload.
 type offload struct {
-	name     string
-	get, set uint32
+	name string
+	get  uint32
 }
 
 func offloads() []offload {
 	return []offload{
-		{"tx-checksum", 0x16, 0x17},
-		{"scatter-gather", 0x18, 0x19},
-		{"tso", 0x1e, 0x1f},
-		{"gso", 0x23, 0x24},
-		{"gro", 0x2b, 0x2c},
+		{"tx-checksum", 0x16},
+		{"scatter-gather", 0x18},
+		{"tso", 0x1e},
+		{"gso", 0x23},
+		{"gro", 0x2b},
 	}
 }
 
 type ethtoolValue struct{ cmd, data uint32 }
 
-// ethtool does one command on device, in the calling thread's network namespace.
-func ethtool(device string, cmd, data uint32) (uint32, error) {
+// ethtool does one reading command on device, in the calling thread's network namespace.
+func ethtool(device string, cmd uint32) (uint32, error) {
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return 0, fmt.Errorf("socket for ethtool: %w", err)
 	}
 	defer unix.Close(fd)
-	value := &ethtoolValue{cmd, data}
+	value := &ethtoolValue{cmd: cmd}
 	var req struct { // struct ifreq
 		name [unix.IFNAMSIZ]byte
 		data unsafe.Pointer
@@ -51,7 +51,7 @@ func ethtool(device string, cmd, data uint32) (uint32, error) {
 func readOffloads(device string) (map[string]bool, error) {
 	m := make(map[string]bool)
 	for _, o := range offloads() {
-		v, err := ethtool(device, o.get, 0)
+		v, err := ethtool(device, o.get)
 		if errors.Is(err, unix.EOPNOTSUPP) {
 			continue
 		}
@@ -61,19 +61,4 @@ func readOffloads(device string) (map[string]bool, error) {
 		m[o.name] = v != 0
 	}
 	return m, nil
-}
-
-// dropOffload turns the named offloads off.
-func dropOffload(device string, names ...string) error {
-	for _, name := range names {
-		for _, o := range offloads() {
-			if o.name != name {
-				continue
-			}
-			if _, err := ethtool(device, o.set, 0); err != nil {
-				return fmt.Errorf("turn offload %s off: %w", name, err)
-			}
-		}
-	}
-	return nil
 }

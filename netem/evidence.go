@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -176,8 +175,8 @@ func (l *Link) readEnd(n *Namespace, e *EndEvidence) error {
 	if e.Offloads, err = readOffloads(n.dev); err != nil {
 		return err
 	}
-	if l.shaper == ShaperNetem && (e.GSOMaxSegs != 1 || e.Offloads["tso"]) {
-		return fmt.Errorf("%s: %w: large segments of %s packets, tso %v; asked for 1 and off", n.dev, ErrReadBack, strconv.Itoa(int(e.GSOMaxSegs)), e.Offloads["tso"])
+	if want := netemSettings(l.profile, 0).segments; l.shaper == ShaperNetem && e.GSOMaxSegs != want {
+		return fmt.Errorf("%s: %w: large segments of %d packets, asked for %d", n.dev, ErrReadBack, e.GSOMaxSegs, want)
 	}
 	for _, name := range recordedSysctls() {
 		v, err := sysctl(name)

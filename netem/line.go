@@ -20,14 +20,14 @@ const (
 // line is one direction of a shaped link as a pure function of virtual time:
 // arrivals in, departures out. Loss comes first, then a drop-tail queue bounded in
 // bytes, then the bottleneck, then delay with jitter. Packets leave in the order
-// they came. Times are nanoseconds of any one clock. Only setLoss may run
-// concurrently with admit.
+// they came. Times are nanoseconds of any one clock. Only set may run concurrently with
+// admit.
 type line struct {
 	rate   int64 // bit/s, 0 unlimited
 	delay  int64
 	jitter float64
 	loss   atomic.Uint64 // math.Float64bits of 0..1
-	queue  int64         // how long the bottleneck may be busy with what waits; 0 where unlimited
+	queue  atomic.Int64  // how long the bottleneck may be busy with what waits; 0 where unlimited
 	rng    *rand.Rand
 
 	free int64 // when the bottleneck has sent all that was admitted
@@ -41,16 +41,19 @@ func newLine(p Profile, seed uint64, dir uint64) *line {
 		rate:   p.Rate,
 		delay:  int64(p.RTT / 2),
 		jitter: float64(p.Jitter),
-		queue:  serialisation(p.Queue(), p.Rate),
 		rng:    rand.New(rand.NewPCG(seed, dir)),
 		free:   math.MinInt64,
 		last:   math.MinInt64,
 	}
-	l.setLoss(p.Loss)
+	l.set(p)
 	return l
 }
 
-func (l *line) setLoss(p float64) { l.loss.Store(math.Float64bits(p)) }
+// set takes over the loss and the queue of p, from the next packet on.
+func (l *line) set(p Profile) {
+	l.loss.Store(math.Float64bits(p.Loss))
+	l.queue.Store(serialisation(p.Queue(), p.Rate))
+}
 
 // serialisation is how long size bytes occupy a link of rate bit/s, rounded up so
 // that the rate is never exceeded; 0 where the rate is unlimited.
@@ -77,7 +80,7 @@ func (l *line) admit(now, size int64) (depart int64, v verdict) {
 	if l.rate != 0 {
 		start, took := max(now, l.free), serialisation(size, l.rate)
 		// An idle bottleneck takes any frame, as a queue of less than one frame must.
-		if wait := start - now; wait > 0 && wait+took > l.queue {
+		if wait := start - now; wait > 0 && wait+took > l.queue.Load() {
 			return 0, overflow
 		}
 		l.free = start + took

@@ -65,8 +65,9 @@ type Link struct {
 	forwards [2]*forwarder
 	running  sync.WaitGroup
 
-	mu     sync.Mutex // serialises SetLoss, Calibrate's settings and Close
-	closed bool
+	mu      sync.Mutex // serialises change and Close
+	changes uint64     // since Open; netem starts its random numbers anew with each
+	closed  bool
 }
 
 // Open makes a link of profile p and returns when it carries packets and all that
@@ -215,16 +216,6 @@ func (l *Link) configureEnd(n, peer *Namespace, dev, peerDev netlink.Link) error
 	if err := netlink.LinkSetTxQLen(dev, deviceQueue); err != nil {
 		return fmt.Errorf("queue length of %s: %w", n.dev, err)
 	}
-	if l.shaper == ShaperNetem {
-		// TCP makes large segments even where GSO is off (since Linux 4.17), and netem
-		// counts one as one packet: it takes the limit of segments to stop that.
-		if err := dropOffload(n.dev, "tso", "gso", "gro"); err != nil {
-			return err
-		}
-		if err := netlink.LinkSetGSOMaxSegs(dev, 1); err != nil {
-			return fmt.Errorf("limit segments of %s: %w", n.dev, err)
-		}
-	}
 	prefix := netip.PrefixFrom(n.addr, prefixBits)
 	addr, err := netlink.ParseAddr(prefix.String())
 	if err != nil {
@@ -260,7 +251,7 @@ func (l *Link) shape() error {
 			if l.shaper == ShaperNone {
 				return setPfifo(dev.Attrs().Index, 1<<16)
 			}
-			return l.applyNetem(dev.Attrs().Index, i, l.profile, false)
+			return l.applyNetem(dev, i, netemSettings(l.profile, l.seed(i)), false)
 		})
 		if err != nil {
 			return fmt.Errorf("shape the %s end: %w", n.name, err)
@@ -269,13 +260,22 @@ func (l *Link) shape() error {
 	return nil
 }
 
+// seed is the one for netem's direction i after the changes so far.
+func (l *Link) seed(i int) uint64 {
+	return mix(mix(l.options.Seed) + 2*l.changes + uint64(i))
+}
+
 // applyNetem sets direction i and compares what the kernel then reports.
-func (l *Link) applyNetem(index, i int, p Profile, change bool) error {
-	s := netemSettings(p, l.options.Seed, uint64(i))
-	if err := setNetem(index, s, change); err != nil {
+func (l *Link) applyNetem(dev netlink.Link, i int, s settings, change bool) error {
+	// TCP makes large segments even where GSO is off (since Linux 4.17), so it takes a
+	// limit of the device; sockets that are connected already keep the one they found.
+	if err := netlink.LinkSetGSOMaxSegs(dev, int(s.segments)); err != nil {
+		return fmt.Errorf("limit large segments of %s: %w", l.ends()[i].dev, err)
+	}
+	if err := setNetem(dev.Attrs().Index, s, change); err != nil {
 		return err
 	}
-	q, err := rootQdisc(index)
+	q, err := rootQdisc(dev.Attrs().Index)
 	if err != nil {
 		return err
 	}
@@ -307,43 +307,53 @@ func (l *Link) startForwarders() error {
 }
 
 // SetLoss changes the loss of both directions, 0..1, from the next packet on; 1 cuts
-// the link. It returns ErrInvalid, ErrClosed, and ErrInvalid on an unshaped link.
+// the link. Profile and Evidence keep what Open was asked for. It returns
+// ErrInvalid, also on a link that shapes nothing, and ErrClosed.
 func (l *Link) SetLoss(loss float64) error {
 	p := l.profile
 	p.Loss = loss
 	if err := p.Validate(); err != nil {
-		return err
+		return fmt.Errorf("set loss: %w", err)
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.setLoss(p)
+	if l.shaper == ShaperNone {
+		return fmt.Errorf("set loss: %w: a link of shaper %s has none", ErrInvalid, l.shaper)
+	}
+	return l.change(p, false)
 }
 
-func (l *Link) setLoss(p Profile) error {
-	switch {
-	case l.closed:
-		return fmt.Errorf("set loss: %w", ErrClosed)
-	case l.shaper == ShaperTun:
+// change takes over the loss and the queue of p. A roomy link also has room for
+// many small packets where the shaper counts packets.
+func (l *Link) change(p Profile, roomy bool) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return fmt.Errorf("change link: %w", ErrClosed)
+	}
+	l.changes++
+	switch l.shaper {
+	case ShaperTun:
 		for _, f := range l.forwards {
-			f.line.setLoss(p.Loss)
+			f.line.set(p)
 		}
-		return nil
-	case l.shaper == ShaperNetem:
+	case ShaperNetem:
 		for i, n := range l.ends() {
 			err := n.Do(func() error {
 				dev, err := netlink.LinkByName(n.dev)
 				if err != nil {
-					return err
+					return fmt.Errorf("find device %s: %w", n.dev, err)
 				}
-				return l.applyNetem(dev.Attrs().Index, i, p, true)
+				s := netemSettings(p, l.seed(i))
+				if roomy {
+					s.limit = max(s.limit, 1<<15)
+				}
+				return l.applyNetem(dev, i, s, true)
 			})
 			if err != nil {
-				return fmt.Errorf("set loss of the %s end to %v: %w", n.name, p.Loss, err)
+				return fmt.Errorf("change the %s end: %w", n.name, err)
 			}
 		}
-		return nil
 	}
-	return fmt.Errorf("set loss: %w: a link of shaper %s has none", ErrInvalid, l.shaper)
+	return nil
 }
 
 // Source is the namespace of the host that has the data.

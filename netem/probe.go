@@ -34,7 +34,7 @@ func Probe(shaper Shaper) (err error) {
 			if err != nil {
 				return fmt.Errorf("find device %s: %w", sourceDevice, err)
 			}
-			s := netemSettings(Profile{RTT: 2e6, Loss: 0.5, Rate: 1e9}, 1, 0)
+			s := netemSettings(Profile{RTT: 2e6, Loss: 0.5, Rate: 1e9}, 1)
 			if err := setNetem(dev.Attrs().Index, s, false); err != nil {
 				return err
 			}

@@ -10,15 +10,19 @@ import (
 // Limits of a Profile. MaxRate is what 64-bit nanosecond arithmetic and sch_netem
 // both represent without loss.
 const (
-	MaxRTT     = 10 * time.Second
-	MinRate    = 8_000           // bit/s
-	MaxRate    = 100_000_000_000 // bit/s
-	MaxQueue   = 1 << 30         // bytes
-	minQueue   = 64 << 10        // of the default queue
-	l2Header   = 14              // an Ethernet header; the checksum is not counted
-	mtu        = 1500
-	linkFrame  = mtu + l2Header
-	maxDatagam = 64 << 10
+	MaxRTT    = 10 * time.Second
+	MinRate   = 64_000          // bit/s
+	MaxRate   = 100_000_000_000 // bit/s
+	MaxQueue  = 1 << 30         // bytes
+	minQueue  = 64 << 10        // of the default queue
+	l2Header  = 14              // an Ethernet header; the checksum is not counted
+	mtu       = 1500
+	linkFrame = mtu + l2Header
+	// Large segments (GSO) pass whole where they take no longer than this at the
+	// link's rate: 8 packets at 1 Gbit/s. One CPU of the lab kernel needs that to carry
+	// 1 Gbit/s; the error in time is at most this.
+	pieceTime   = 95 * time.Microsecond
+	maxSegments = 44 // of 1472 bytes in the longest UDP datagram
 )
 
 // Profile describes a symmetric link: every field but RTT applies to each
@@ -89,6 +93,15 @@ func (p Profile) Validate() error {
 // BDP is rate times RTT in bytes; 0 where either is.
 func (p Profile) BDP() int64 {
 	return int64(math.Round(float64(p.Rate) / 8 * p.RTT.Seconds()))
+}
+
+// segments is how many packets a large segment may stand for before it is shaped, so
+// that its first packet does not wait for its last longer than pieceTime.
+func (p Profile) segments() int {
+	if p.Rate == 0 {
+		return maxSegments
+	}
+	return int(min(max(1, math.Ceil(float64(p.Rate)/8*pieceTime.Seconds()/linkFrame)), maxSegments))
 }
 
 // Queue is the size of the bottleneck's queue in bytes that QueueBytes asks for; 0,

@@ -45,24 +45,39 @@ type settings struct {
 	loss          uint32
 	rate          int64 // bytes/s
 	limit         uint32
+	segments      uint32 // the device's limit of packets in a large segment
 	seed          uint64
 }
 
+// mix spreads a seed over 64 bits (the finaliser of splitmix64): netem's generator
+// gives small numbers, which are losses, right after a small seed.
+func mix(x uint64) uint64 {
+	x += 0x9e3779b97f4a7c15
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	return x ^ x>>31
+}
+
 // netemSettings translates one direction of p.
-func netemSettings(p Profile, seed, dir uint64) settings {
+func netemSettings(p Profile, seed uint64) settings {
 	s := settings{
-		delay:  int64(p.RTT / 2),
-		jitter: int64(p.Jitter),
-		loss:   uint32(math.Round(p.Loss * math.MaxUint32)),
-		rate:   p.Rate / 8,
-		limit:  1 << 20, // unlimited rate: as many as an unshaped path may hold
-		seed:   seed + dir,
+		delay:    int64(p.RTT / 2),
+		jitter:   int64(p.Jitter),
+		loss:     uint32(math.Round(p.Loss * math.MaxUint32)),
+		rate:     p.Rate / 8,
+		limit:    1 << 20, // unlimited rate: as many as an unshaped path may hold
+		segments: uint32(p.segments()),
+		seed:     seed,
+	}
+	if p.Loss > 0 {
+		s.segments = 1 // netem would lose a large segment whole
 	}
 	if p.Rate != 0 {
-		// netem has one limit, in packets, for what waits and what is under way.
+		// netem has one limit, in packets, for what waits and what is under way, and
+		// counts a large segment as one: bulk data comes in those, so they are the unit.
 		reach := p.RTT/2 + 3*p.Jitter
 		under := float64(p.Rate) / 8 * reach.Seconds()
-		s.limit = uint32(math.Ceil((under + float64(p.Queue())) / linkFrame))
+		s.limit = uint32(math.Ceil((under + float64(p.Queue())) / linkFrame / float64(s.segments)))
 	}
 	if s.jitter > 0 && s.rate == 0 {
 		s.rate = MaxRate / 8 // with a rate, netem keeps the order

@@ -3,6 +3,8 @@ package netem
 import (
 	"encoding/binary"
 	"fmt"
+
+	"golang.org/x/sys/unix"
 )
 
 // The header that Linux puts before each packet of a TUN device opened with
@@ -12,6 +14,7 @@ const (
 	vnetNeedsCsum = 1    // VIRTIO_NET_HDR_F_NEEDS_CSUM
 	gsoNone       = 0    // VIRTIO_NET_HDR_GSO_NONE
 	gsoTCPv4      = 1    // VIRTIO_NET_HDR_GSO_TCPV4
+	gsoUDPL4      = 5    // VIRTIO_NET_HDR_GSO_UDP_L4
 	gsoECN        = 0x80 // VIRTIO_NET_HDR_GSO_ECN, a flag beside the type
 )
 
@@ -25,10 +28,10 @@ const (
 // maxHeaders is the longest virtio, IPv4 and TCP header together.
 const maxHeaders = vnetLen + 60 + 60
 
-// packet describes one read from a TUN device: a packet, or a large TCP segment
-// that stands for segs packets.
+// packet describes one read from a TUN device: a packet, or a large TCP or UDP
+// segment that stands for segs packets.
 type packet struct {
-	headers int // length of the IP and TCP headers, repeated in each packet; 0 where segs is 1
+	headers int // length of the IP and TCP or UDP headers, repeated in each packet; 0 where segs is 1
 	mss     int // payload bytes of every packet but the last
 	segs    int
 	l3      int // bytes of the read after the virtio header
@@ -42,24 +45,31 @@ func parse(b []byte) (packet, error) {
 	}
 	ip := b[vnetLen:]
 	p := packet{segs: 1, l3: len(ip)}
+	var proto byte
 	switch b[1] &^ gsoECN {
 	case gsoNone:
 		return p, nil
 	case gsoTCPv4:
+		proto = unix.IPPROTO_TCP
+	case gsoUDPL4:
+		proto = unix.IPPROTO_UDP
 	default:
 		return packet{}, fmt.Errorf("large segment of type %d that nobody offered to take", b[1])
 	}
-	if len(ip) < 20 || ip[0]>>4 != 4 || ip[9] != 6 {
-		return packet{}, fmt.Errorf("large segment of %d bytes is no TCP over IPv4", len(ip))
+	if len(ip) < 20 || ip[0]>>4 != 4 || ip[9] != proto {
+		return packet{}, fmt.Errorf("large segment of %d bytes is no protocol %d over IPv4", len(ip), proto)
 	}
 	ihl := int(ip[0]&15) * 4
 	if ihl < 20 || len(ip) < ihl+20 {
 		return packet{}, fmt.Errorf("large segment of %d bytes with an IP header of %d", len(ip), ihl)
 	}
-	doff := int(ip[ihl+12]>>4) * 4
+	l4, least := 8, 8
+	if proto == unix.IPPROTO_TCP {
+		l4, least = int(ip[ihl+12]>>4)*4, 20
+	}
 	p.mss = int(binary.NativeEndian.Uint16(b[4:]))
-	p.headers = ihl + doff
-	if doff < 20 || len(ip) <= p.headers || p.mss == 0 {
+	p.headers = ihl + l4
+	if l4 < least || len(ip) <= p.headers || p.mss == 0 {
 		return packet{}, fmt.Errorf("large segment of %d bytes with headers of %d and packets of %d", len(ip), p.headers, p.mss)
 	}
 	p.segs = (len(ip) - p.headers + p.mss - 1) / p.mss
@@ -94,20 +104,26 @@ func (p packet) cut(dst, b []byte, from, to int) int {
 	}
 	ip := dst[vnetLen:n]
 	ihl := int(ip[0]&15) * 4
-	tcp := ip[ihl:]
+	l4 := ip[ihl:]
 	binary.BigEndian.PutUint16(ip[2:], uint16(p.headers+hi-lo))
 	binary.BigEndian.PutUint16(ip[4:], binary.BigEndian.Uint16(ip[4:])+uint16(from))
 	ip[10], ip[11] = 0, 0
 	binary.BigEndian.PutUint16(ip[10:], ^fold(sum(ip[:ihl])))
-	binary.BigEndian.PutUint32(tcp[4:], binary.BigEndian.Uint32(tcp[4:])+uint32(from*p.mss))
-	if from > 0 {
-		tcp[13] &^= tcpCwr
+	length := len(l4) + hi - lo
+	at := 16 // of the checksum in the header
+	if ip[9] == unix.IPPROTO_UDP {
+		at = 6
+		binary.BigEndian.PutUint16(l4[4:], uint16(length))
+	} else {
+		binary.BigEndian.PutUint32(l4[4:], binary.BigEndian.Uint32(l4[4:])+uint32(from*p.mss))
+		if from > 0 {
+			l4[13] &^= tcpCwr
+		}
+		if to < p.segs {
+			l4[13] &^= tcpFin | tcpPsh
+		}
 	}
-	if to < p.segs {
-		tcp[13] &^= tcpFin | tcpPsh
-	}
-	length := uint32(len(tcp) + hi - lo)
-	binary.BigEndian.PutUint16(tcp[16:], fold(sum(ip[12:20])+6+length))
+	binary.BigEndian.PutUint16(l4[at:], fold(sum(ip[12:20])+uint32(ip[9])+uint32(length)))
 	return n
 }
 

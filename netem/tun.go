@@ -14,8 +14,8 @@ import (
 const tunPath = "/dev/net/tun"
 
 // openTun makes the TUN device name in the calling thread's network namespace, with
-// virtio headers and TCP segmentation and checksums left to us (offloads that Linux
-// has had since 2.6.27). The device lives as long as the descriptor.
+// virtio headers and with checksums and the segmentation of TCP (Linux 2.6.27) and UDP
+// (Linux 6.2, and done without before) left to us. The device lives as long as the descriptor.
 func openTun(name string) (fd int, err error) {
 	fd, err = unix.Open(tunPath, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	switch {
@@ -37,7 +37,11 @@ func openTun(name string) (fd int, err error) {
 	if err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
 		return -1, fmt.Errorf("make tun device %s: %w", name, permission(err, "needs CAP_NET_ADMIN in the namespace's user namespace"))
 	}
-	if err = unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_TSO4|unix.TUN_F_TSO_ECN); err != nil {
+	const tcp = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO_ECN
+	if unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tcp|unix.TUN_F_USO4|unix.TUN_F_USO6) == nil {
+		return fd, nil
+	}
+	if err = unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tcp); err != nil {
 		return -1, fmt.Errorf("offloads of tun device %s: %w", name, err)
 	}
 	return fd, nil
@@ -47,9 +51,6 @@ const (
 	maxRead = vnetLen + 65535
 	// An unlimited rate has no BDP, so its buffer is a fixed one: 10 Gbit/s at 50 ms one way.
 	unlimitedArena = 64 << 20
-	// A large segment is cut into pieces no longer than this at the link's rate, so
-	// that its first packets do not wait for its last.
-	pieceTime = 200 * time.Microsecond
 	// Departures closer than this are waited for together: a sleep costs about as much.
 	coalesce = 20 * time.Microsecond
 )
@@ -84,13 +85,13 @@ type forwarder struct {
 
 func newForwarder(in, out, stop int, p Profile, l *line) (*forwarder, error) {
 	size := int64(unlimitedArena)
-	segs := 1 << 16
+	segs := 1 << 16 // an unlimited rate has nobody wait
 	if p.Rate != 0 {
 		// What is under way, twice for segments held for a part of theirs, and a margin for wrapping.
 		reach := p.RTT/2 + 6*p.Jitter
-		size = 2*(p.Queue()+int64(float64(p.Rate)/8*reach.Seconds())) + 16*maxRead
+		size = 2*(roomyQueue(p)+int64(float64(p.Rate)/8*reach.Seconds())) + 16*maxRead
 		size = min(size, 4*MaxQueue)
-		segs = int(max(1, float64(p.Rate)/8*pieceTime.Seconds()/linkFrame))
+		segs = p.segments()
 	}
 	// Populating a small ring spares its first packets the page faults; a large one is walked only under load.
 	flags := unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE

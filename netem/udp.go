@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"runtime"
 	"slices"
 	"sync/atomic"
@@ -80,6 +81,12 @@ func (s *udpSocket) receive(b, oob []byte) (n int, at time.Time, err error) {
 	return n, at, nil
 }
 
+// temporary tells errors that a UDP loop goes on after: nothing came in time, a
+// signal, a full device queue, an ICMP answer to an earlier datagram.
+func temporary(err error) bool {
+	return errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINTR) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ECONNREFUSED)
+}
+
 // EchoStats summarises round trips. All times are zero where Received is.
 type EchoStats struct {
 	Sent     int           `json:"sent"`
@@ -88,15 +95,20 @@ type EchoStats struct {
 	Min      time.Duration `json:"min_ns"`
 	Max      time.Duration `json:"max_ns"`
 	Mean     time.Duration `json:"mean_ns"`
+	StdDev   time.Duration `json:"standard_deviation_ns"`
 }
 
-// Datagrams of an echo: sequence, and in the answer the time the far end held it.
-const echoSize = 56 // with headers, a ping's
+const (
+	// Datagrams of an echo: sequence, and in the answer the time the far end held it.
+	echoSize = 56 // with headers, a ping's
+	// How long after it is due an answer is waited for.
+	echoPatience = 200 * time.Millisecond
+)
 
 // Echo measures the round trip of n UDP echoes, 1 to 1000, sent one every
 // millisecond (with jitter: four standard deviations, so that none waits for
-// another), so that several are in flight. It blocks for about n ms + RTT, at most
-// a second longer where echoes are lost, and may run beside other traffic.
+// another), so that several are in flight. It blocks for about n ms + RTT, 0.2 s longer where
+// echoes are lost, and may run beside other traffic.
 //
 // A round trip is counted as ping does: to the moment the kernel had the answer. The
 // time for which the answering thread held the echo is taken off, so a busy CPU does
@@ -125,7 +137,7 @@ func (l *Link) Echo(ctx context.Context, n int) (EchoStats, error) {
 	starts := make([]atomic.Int64, n) // wall clock, as the kernel's times are
 	go func() { sent <- sendEchoes(ctx, client, starts, max(time.Millisecond, 4*l.profile.Jitter)) }()
 
-	trips, err := collectEchoes(ctx, client, starts, sent, l.profile.RTT+10*l.profile.Jitter+time.Second)
+	trips, err := collectEchoes(ctx, client, starts, sent, l.profile.RTT+10*l.profile.Jitter+echoPatience)
 	cancel()
 	_ = unix.Shutdown(server.fd, unix.SHUT_RDWR) // ends its read at once
 	<-answered
@@ -148,6 +160,11 @@ func summarise(sent int, trips []time.Duration) EchoStats {
 		sum += t
 	}
 	s.Mean = sum / time.Duration(len(trips))
+	var squares float64
+	for _, t := range trips {
+		squares += math.Pow(float64(t-s.Mean), 2)
+	}
+	s.StdDev = time.Duration(math.Sqrt(squares / float64(max(1, len(trips)-1))))
 	return s
 }
 
@@ -172,7 +189,7 @@ func sendEchoes(ctx context.Context, client *udpSocket, starts []atomic.Int64, g
 		}
 		binary.NativeEndian.PutUint64(b, uint64(i))
 		starts[i].Store(time.Now().UnixNano())
-		if _, err := unix.Write(client.fd, b); err != nil && !errors.Is(err, unix.ENOBUFS) {
+		if _, err := unix.Write(client.fd, b); err != nil && !temporary(err) {
 			return fmt.Errorf("send echo %d: %w", i, err)
 		}
 	}
@@ -199,7 +216,7 @@ func collectEchoes(ctx context.Context, client *udpSocket, starts []atomic.Int64
 		}
 		n, at, err := client.receive(b, oob)
 		switch {
-		case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EINTR), err == nil && n != echoSize:
+		case temporary(err), err == nil && n != echoSize:
 			continue
 		case err != nil:
 			if sent != nil {
