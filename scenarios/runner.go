@@ -312,7 +312,7 @@ func (r *run) do(ctx context.Context) error {
 	if cal.Goodput > 0 {
 		r.out.Values["tcp_goodput"] = cal.Goodput / 8
 	}
-	before, err := r.echo(ctx)
+	before, err := r.echo(ctx, "before")
 	r.out.RTT = before
 	if err != nil {
 		return err
@@ -323,7 +323,7 @@ func (r *run) do(ctx context.Context) error {
 	if err := r.drain(ctx); err != nil {
 		return err
 	}
-	after, err := r.echo(ctx)
+	after, err := r.echo(ctx, "after")
 	if err != nil {
 		return err
 	}
@@ -374,13 +374,13 @@ func (r *run) drain(ctx context.Context) error {
 }
 
 // echo measures the RTT, and says whether it is what it should be.
-func (r *run) echo(ctx context.Context) (time.Duration, error) {
+func (r *run) echo(ctx context.Context, when string) (time.Duration, error) {
 	e, err := r.link.Echo(ctx, 10)
 	if err != nil {
 		return 0, fmt.Errorf("measure the RTT: %w", err)
 	}
 	if err := r.link.AcceptRTT(e); err != nil {
-		return e.Median, fmt.Errorf("%w: %w", errUncalibrated, err)
+		return e.Median, fmt.Errorf("%w %s the run: %w", errUncalibrated, when, err)
 	}
 	return e.Median, nil
 }
