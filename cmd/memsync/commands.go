@@ -3,6 +3,7 @@ package main
 import (
 	"github.com/spf13/cobra"
 
+	"memsync/scenarios/lab"
 	"memsync/scenarios/role"
 )
 
@@ -10,6 +11,7 @@ import (
 func commands(s *state) []*cobra.Command {
 	return []*cobra.Command{
 		newListCmd(s), newMeasureCmd(s), newRunCmd(s), newPlotCmd(s), newCleanCmd(s),
+		newDoctorCmd(s), newLabCmd(s),
 	}
 }
 
@@ -19,5 +21,5 @@ func hidden(args []string) (code int, ok bool) {
 	if len(args) > 0 && args[0] == "role" {
 		return role.Main(args[1:]), true
 	}
-	return 0, false
+	return lab.Main(args)
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"memsync/strategies/device/fuse"
 	"memsync/strategies/device/uffd"
 	"memsync/strategies/region"
 )
@@ -26,6 +27,8 @@ import (
 const (
 	asRoot = "sudo memsync doctor"
 	inLab  = "memsync lab -- memsync doctor"
+
+	uffdRemedy = "sudo sysctl vm.unprivileged_userfaultfd=1"
 )
 
 // Host returns the probes of this package, in the order in which doctor prints
@@ -38,22 +41,26 @@ func Host() []Probe {
 		{Name: "user-namespaces", Kernel: "3.8", Remedy: "sudo sysctl user.max_user_namespaces=15000", Try: userNamespaces},
 		{Name: "cgroup", Kernel: "4.5", Try: cgroup},
 
-		{Name: "fuse", Kernel: "2.6.14", Remedy: "sudo modprobe fuse", Try: fuse},
+		{Name: "fuse", Kernel: "5.4", Remedy: "sudo modprobe fuse", Try: fuseFile},
 		{Name: "nbd", Kernel: "4.10", Remedy: inLab, Try: nbd},
 		{Name: "nbd-free-device", Kernel: "4.10", Remedy: inLab, Try: nbdFree},
 		{Name: "ublk", Kernel: "6.0", Remedy: "sudo modprobe ublk_drv", Try: func() (string, error) { return openMisc("ublk-control", "ublk_drv", "/dev/ublk-control") }},
 		{Name: "io-uring", Kernel: "5.1", Remedy: "sudo sysctl kernel.io_uring_disabled=0", Try: ioUring},
 
-		{Name: "uffd-user-faults", Kernel: "5.11", Remedy: "sudo sysctl vm.unprivileged_userfaultfd=1", Try: func() (string, error) { return uffdOpen(false) }},
-		{Name: "uffd-kernel-faults", Kernel: "4.3", Remedy: "sudo sysctl vm.unprivileged_userfaultfd=1", Try: func() (string, error) { return uffdOpen(true) }},
-		uffdMode("uffd-missing", "4.3", 0, uffd.UFFDIO_REGISTER_MODE_MISSING, false),
-		uffdMode("uffd-missing-shmem", "4.11", uffd.UFFD_FEATURE_MISSING_SHMEM, uffd.UFFDIO_REGISTER_MODE_MISSING, true),
-		uffdMode("uffd-minor", "5.14", uffd.UFFD_FEATURE_MINOR_SHMEM, uffd.UFFDIO_REGISTER_MODE_MINOR, true),
-		uffdMode("uffd-wp", "5.7", uffd.UFFD_FEATURE_PAGEFAULT_FLAG_WP, uffd.UFFDIO_REGISTER_MODE_WP, false),
-		uffdMode("uffd-wp-shmem", "5.19", uffd.UFFD_FEATURE_PAGEFAULT_FLAG_WP|uffd.UFFD_FEATURE_WP_HUGETLBFS_SHMEM, uffd.UFFDIO_REGISTER_MODE_WP, true),
-		uffdMode("uffd-wp-async", "6.7", uffd.UFFD_FEATURE_WP_ASYNC|uffd.UFFD_FEATURE_WP_UNPOPULATED, uffd.UFFDIO_REGISTER_MODE_WP, false),
-		uffdMode("uffd-poison", "6.6", uffd.UFFD_FEATURE_POISON, uffd.UFFDIO_REGISTER_MODE_MISSING, false),
-		uffdMode("uffd-hugetlb", "4.11", uffd.UFFD_FEATURE_MISSING_HUGETLBFS, 0, false),
+		{Name: "uffd-user-faults", Kernel: "5.11", Remedy: uffdRemedy, Try: uffdFeatures},
+		uffdProbe("uffd-kernel-faults", "4.3", uffd.ProbeKernelFaults),
+		uffdProbe("uffd-missing", "4.3", uffd.ProbeMissing),
+		uffdProbe("uffd-missing-shmem", "4.11", uffd.ProbeShared),
+		uffdProbe("uffd-minor", "5.14", uffd.ProbeMinor),
+		uffdProbe("uffd-wp", "5.7", uffd.ProbeWriteProtect),
+		uffdProbe("uffd-wp-shmem", "5.19", func() error {
+			return uffdRegister(uffd.UFFD_FEATURE_PAGEFAULT_FLAG_WP|uffd.UFFD_FEATURE_WP_HUGETLBFS_SHMEM, unix.MAP_SHARED)
+		}),
+		uffdProbe("uffd-wp-async", "6.7", func() error {
+			return uffdRegister(uffd.UFFD_FEATURE_WP_ASYNC|uffd.UFFD_FEATURE_WP_UNPOPULATED, unix.MAP_PRIVATE)
+		}),
+		uffdProbe("uffd-poison", "6.6", uffd.ProbePoison),
+		{Name: "uffd-hugetlb", Kernel: "4.11", Remedy: "sudo sysctl vm.nr_hugepages=512", Try: func() (string, error) { return "", uffd.ProbeHuge() }},
 		{Name: "pagemap-scan", Kernel: "6.7", Try: pagemapScan},
 		{Name: "soft-dirty", Kernel: "3.11", Try: softDirty},
 
@@ -74,13 +81,7 @@ func Host() []Probe {
 	}
 }
 
-// absent is an error that says only why, and matches region.ErrNotSupported.
-type absent string
-
-func (a absent) Error() string        { return string(a) }
-func (a absent) Is(target error) bool { return target == region.ErrNotSupported }
-
-func missing(format string, args ...any) error { return absent(fmt.Sprintf(format, args...)) }
+func missing(format string, args ...any) error { return No(fmt.Errorf(format, args...)) }
 
 // judge turns errnos that mean "this kernel has no such thing" into missing.
 func judge(what string, err error, no ...error) error {
@@ -217,32 +218,11 @@ func openMisc(misc, module, node string) (string, error) {
 	return node, f.Close()
 }
 
-// fuse mounts, answers nothing and unmounts, in a mount namespace of its own:
-// mount(2) of a FUSE does not wait for its server.
-func fuse() (string, error) {
+func fuseFile() (string, error) {
 	if _, err := openMisc("fuse", "fuse", "/dev/fuse"); err != nil {
 		return "", err
 	}
-	dir, err := os.MkdirTemp("", "memsync-probe-")
-	if err != nil {
-		return "", err
-	}
-	defer os.Remove(dir)
-	return "/dev/fuse", onThread(unix.CLONE_NEWNS, func() error {
-		f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-			return judge("make mounts private", err)
-		}
-		opts := fmt.Sprintf("fd=%d,rootmode=40000,user_id=%d,group_id=%d", f.Fd(), os.Geteuid(), os.Getegid())
-		if err := unix.Mount("memsync-probe", dir, "fuse", unix.MS_NOSUID|unix.MS_NODEV, opts); err != nil {
-			return judge("mount a FUSE", err, unix.ENODEV)
-		}
-		return unix.Unmount(dir, unix.MNT_DETACH)
-	})
+	return "/dev/fuse", fuse.Probe()
 }
 
 func nbd() (string, error) {
@@ -290,42 +270,28 @@ func ioUring() (string, error) {
 	return "", unix.Close(int(fd))
 }
 
-func uffdOpen(kernelFaults bool) (string, error) {
-	f, userOnly, err := uffd.New(0)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	if kernelFaults && userOnly {
-		return "", fmt.Errorf("this user gets user-mode faults only: %w", region.ErrNotPermitted)
-	}
+func uffdProbe(name, kernel string, try func() error) Probe {
+	return Probe{Name: name, Kernel: kernel, Remedy: uffdRemedy, Try: func() (string, error) { return "", try() }}
+}
+
+func uffdFeatures() (string, error) {
 	features, err := uffd.Features()
 	return fmt.Sprintf("features %#x", features), err
 }
 
-// uffdMode registers a mapping that nobody touches. Without a mode it only
-// negotiates the features.
-func uffdMode(name, kernel string, features, mode uint64, shared bool) Probe {
-	return Probe{Name: name, Kernel: kernel, Try: func() (string, error) {
-		f, _, err := uffd.New(features)
-		if err != nil {
-			return "", err
-		}
-		defer f.Close()
-		if mode == 0 {
-			return "", nil
-		}
-		flags := unix.MAP_PRIVATE
-		if shared {
-			flags = unix.MAP_SHARED
-		}
-		p, err := unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, flags|unix.MAP_ANONYMOUS)
-		if err != nil {
-			return "", fmt.Errorf("map a page: %w", err)
-		}
-		defer func() { _ = unix.Munmap(p) }()
-		return "", uffd.Register(f, uintptr(unsafe.Pointer(&p[0])), int64(len(p)), mode)
-	}}
+// uffdRegister registers a page that nobody touches for write-protect faults.
+func uffdRegister(features uint64, flags int) error {
+	f, _, err := uffd.New(features)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	p, err := unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, flags|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return fmt.Errorf("map a page: %w", err)
+	}
+	defer func() { _ = unix.Munmap(p) }()
+	return uffd.Register(f, uintptr(unsafe.Pointer(&p[0])), int64(len(p)), uffd.UFFDIO_REGISTER_MODE_WP)
 }
 
 // pagemapScan asks for the present pages of one page of this process.
@@ -389,32 +355,26 @@ func softDirty() (string, error) {
 	return "", nil
 }
 
-// onThread runs f on a thread of its own in new namespaces; the thread ends with it.
-func onThread(namespaces int, f func() error) error {
+// inNetns runs f on a thread of its own in a new network namespace; both end with it.
+func inNetns(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // never unlocked: the thread dies with the goroutine
 		if unix.Gettid() == unix.Getpid() {
 			// The first thread cannot die, and /proc/self would show its
-			// namespaces as the process's. While it is held, another one does it.
+			// namespace as the process's. While it is held, another one does it.
 			defer runtime.UnlockOSThread()
-			done <- onThread(namespaces, f)
+			done <- inNetns(f)
 			return
 		}
-		flags := namespaces
-		if namespaces&unix.CLONE_NEWNS != 0 {
-			flags |= unix.CLONE_FS
-		}
-		if err := unix.Unshare(flags); err != nil {
-			done <- judge("unshare", err, unix.EINVAL)
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			done <- judge("make a network namespace", err, unix.EINVAL)
 			return
 		}
 		done <- f()
 	}()
 	return <-done
 }
-
-func inNetns(f func() error) error { return onThread(unix.CLONE_NEWNET, f) }
 
 // veth makes a pair in a network namespace that ends with it, and calls f with one end.
 func veth(f func(*netlink.Handle, netlink.Link) error) error {

@@ -78,3 +78,12 @@ func (m *mend) Unwrap() error { return m.err }
 
 // Mend attaches to err the command that would mend it, in place of the probe's own.
 func Mend(err error, command string) error { return &mend{err, command} }
+
+type certain struct{ error }
+
+func (c certain) Unwrap() error        { return c.error }
+func (c certain) Is(target error) bool { return target == region.ErrNotSupported }
+
+// No marks err as a certain no, for errors of packages that have a sentinel of
+// their own for it.
+func No(err error) error { return certain{err} }

@@ -23,6 +23,7 @@ func TestThreeAnswers(t *testing.T) {
 		{fmt.Errorf("no: %w", region.ErrNotSupported), Missing, "own"},
 		{fmt.Errorf("no: %w", region.ErrNotPermitted), Unknown, "own"},
 		{errors.New("?"), Unknown, "own"},
+		{No(errors.New("no")), Missing, "own"},
 		{fmt.Errorf("wrapped: %w", Mend(missing("x"), "better")), Missing, "better"},
 	} {
 		r := Probe{Name: "n", Kernel: "1.0", Remedy: "own", Try: func() (string, error) { return "seen", c.err }}.Run()

@@ -159,6 +159,13 @@ func Probe() error {
 		// The thread has another mount namespace from here on: it must not be
 		// used for anything else, so it dies with this goroutine.
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			// The first thread cannot die, and /proc/self would show its
+			// namespace as the process's. While it is held, another one does it.
+			defer runtime.UnlockOSThread()
+			result <- Probe()
+			return
+		}
 		result <- probe()
 	}()
 	return <-result
