@@ -150,15 +150,37 @@ func begin(ctx context.Context, nc net.Conn) (end func() error) {
 	}
 }
 
+// post writes b without waiting for it, once for a handshake: a connection
+// without buffers, such as net.Pipe, takes nothing while both sides write.
+func (l *link) post(b []byte) {
+	c := l.conn
+	l.posted = make(chan error, 1)
+	go func() {
+		_, err := c.Write(b)
+		l.posted <- err
+	}()
+}
+
+// join waits for the end of post.
+func (l *link) join() error {
+	if l.posted == nil {
+		return nil
+	}
+	err := <-l.posted
+	if l.posted = nil; err != nil {
+		return fmt.Errorf("send options: %w", eof(err))
+	}
+	return nil
+}
+
 // greet sends flags with more behind them, and checks the server's greeting.
+// The caller must join.
 //
 // The client does not wait for the greeting before it sends: nothing that it
 // sends depends on it (NBD_FLAG_C_NO_ZEROES is left out for that reason), and
 // that saves a round trip.
 func (l *link) greet(more []byte) error {
-	if _, err := l.conn.Write(append(be.AppendUint32(nil, flagFixedNewstyle), more...)); err != nil {
-		return fmt.Errorf("send options: %w", eof(err))
-	}
+	l.post(append(be.AppendUint32(nil, flagFixedNewstyle), more...))
 	var h [18]byte
 	if err := l.readFull(h[:16], 0); err != nil {
 		return fmt.Errorf("read greeting: %w", eof(err))
@@ -191,6 +213,9 @@ func (l *link) startTLS(ctx context.Context, cfg *tls.Config) error {
 	if err != nil {
 		return err
 	}
+	if err := l.join(); err != nil {
+		return err
+	}
 	if r.typ != repAck {
 		return r.err(optStartTLS)
 	}
@@ -211,8 +236,15 @@ func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name string, com
 	if len(name) > maxString {
 		return nil, e, fmt.Errorf("export name of %d bytes, the limit is %d", len(name), maxString)
 	}
-	end := begin(ctx, nc)
+	l = newLink(nc)
+	end, join := begin(ctx, nc), l.join
 	defer func() {
+		if err != nil {
+			nc.SetDeadline(time.Unix(1, 0))
+		}
+		if e := join(); e != nil && err == nil {
+			err = e
+		}
 		if e := end(); e != nil {
 			err = e
 		}
@@ -220,7 +252,6 @@ func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name string, com
 			err = fmt.Errorf("NBD handshake: %w", context.DeadlineExceeded)
 		}
 	}()
-	l = newLink(nc)
 
 	// All options go out at once: one round trip for all their answers.
 	var b []byte
@@ -238,9 +269,7 @@ func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name string, com
 			return nil, e, err
 		}
 		e.TLS = true
-		if _, err := l.conn.Write(b); err != nil {
-			return nil, e, fmt.Errorf("send options: %w", eof(err))
-		}
+		l.post(b)
 	} else if err := l.greet(b); err != nil {
 		return nil, e, err
 	}
@@ -390,18 +419,21 @@ func (t *Transport) Negotiate(ctx context.Context, conn net.Conn, name string) (
 // List asks the server on conn for the names of its exports, and disconnects;
 // conn is of no use afterwards. It blocks at most for the handshake's timeout.
 func (t *Transport) List(ctx context.Context, conn net.Conn) (names []string, err error) {
-	defer conn.Close()
 	ctx, cancel := context.WithTimeout(ctx, t.handshakeTimeout())
 	defer cancel()
-	end := begin(ctx, conn)
-	defer end()
 	l := newLink(conn)
+	end := begin(ctx, conn)
+	defer func() {
+		conn.Close()
+		l.join()
+		end()
+	}()
 	opts := appendOption(appendOption(nil, optList, nil), optAbort, nil)
 	if t.ClientTLS != nil {
 		if err := l.startTLS(ctx, t.ClientTLS); err != nil {
 			return nil, fmt.Errorf("list NBD exports: %w", err)
 		}
-		_, err = l.conn.Write(opts)
+		l.post(opts)
 	} else {
 		err = l.greet(opts)
 	}

@@ -52,6 +52,8 @@ type link struct {
 
 	interruptible bool
 
+	posted chan error // of the handshake's write, which runs beside its reads
+
 	life sync.Mutex // of the descriptors, against close
 	sock *os.File   // that of raw
 	dead bool
