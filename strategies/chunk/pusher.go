@@ -179,9 +179,15 @@ func (p *Pusher) redirty() {
 
 // acquire waits for the right to make passes.
 func (p *Pusher) acquire(ctx context.Context) (release func(), err error) {
+	release = func() { <-p.pass }
+	select {
+	case p.pass <- struct{}{}: // also where ctx has ended: there may be nothing to push
+		return release, nil
+	default:
+	}
 	select {
 	case p.pass <- struct{}{}:
-		return func() { <-p.pass }, nil
+		return release, nil
 	case <-ctx.Done():
 		return nil, fmt.Errorf("wait for the push under way: %w", ctx.Err())
 	case <-p.ctx.Done():

@@ -1,0 +1,86 @@
+package conformance_test
+
+import (
+	"errors"
+	"testing"
+
+	"memsync/strategies"
+	"memsync/strategies/all"
+	"memsync/strategies/conformance"
+	"memsync/strategies/region"
+)
+
+func TestMain(m *testing.M) { conformance.Main(m) }
+
+// TestRegistry runs the suite on every registered strategy x device x transport.
+// A device that this kernel lacks is skipped with the probe's reason; one that
+// could not be tried is a failure.
+func TestRegistry(t *testing.T) {
+	for _, s := range all.Registry() {
+		info := s.Info()
+		for _, device := range info.Devices {
+			name := info.Name
+			if device != "" {
+				name += "/" + device
+			}
+			t.Run(name, func(t *testing.T) {
+				if device != "" {
+					err := all.ProbeDevice(device)
+					if errors.Is(err, region.ErrNotSupported) {
+						t.Skip(err)
+					} else if err != nil {
+						t.Fatalf("could not tell whether device %s works: %v", device, err)
+					}
+				}
+				transports(t, conformance.Factory{Strategy: s, Device: device})
+			})
+		}
+	}
+}
+
+func transports(t *testing.T, f conformance.Factory) {
+	t.Run("local", func(t *testing.T) { conformance.Run(t, f) })
+	if f.Strategy.Info().Can(strategies.LocalOnly) {
+		return
+	}
+	for _, name := range all.TransportNames() {
+		for _, network := range []string{"tcp", "unix"} {
+			t.Run(name+"-"+network, func(t *testing.T) {
+				tr, err := all.Transport(name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				f.Transport, f.Network = tr, network
+				conformance.Run(t, f)
+			})
+		}
+	}
+}
+
+// TestVariants runs the suite with settings that change how a strategy works.
+func TestVariants(t *testing.T) {
+	for _, v := range []struct {
+		strategy, device string
+		name             string
+		f                conformance.Factory
+	}{
+		{"managed-mount", "fuse", "no-workers", conformance.Factory{NoWorkers: true}},
+		{"managed-mount", "fuse", "page-chunks", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"extent=16KiB", "window=32KiB", "order=reverse", "dirty_limit=64KiB"}}},
+		{"managed-mount", "fuse", "file-cache", conformance.Factory{Settings: []string{"cache_kind=file", "order=random", "pull_first=100KiB", "writeback=true"}}},
+		{"direct-mount", "fuse", "no-read-ahead", conformance.Factory{Settings: []string{"read_ahead=0", "writeback=true"}}},
+	} {
+		t.Run(v.strategy+"/"+v.device+"/"+v.name, func(t *testing.T) {
+			s, err := all.Registry().Get(v.strategy)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := all.ProbeDevice(v.device); errors.Is(err, region.ErrNotSupported) {
+				t.Skip(err)
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			v.f.Strategy, v.f.Device = s, v.device
+			conformance.Run(t, v.f)
+		})
+	}
+}
