@@ -48,7 +48,7 @@ func Draw(rows []results.Row, spec results.FigureSpec, outDir string) ([]string,
 	}
 	variants := map[string][]results.Row{}
 	for _, r := range rows {
-		if r.Figure == spec.Name {
+		if r.Figure == cmp.Or(spec.Figure, spec.Name) {
 			variants[r.Variant] = append(variants[r.Variant], r)
 		}
 	}

@@ -56,7 +56,8 @@ type FigureSeries struct {
 
 // FigureSpec is a figure as data: which rows it shows and how. Package plots draws it.
 type FigureSpec struct {
-	Name   string // of the figure, as in the figure column and in file names
+	Name   string // of the figure, as in file names
+	Figure string // text of the figure column of its rows; empty means Name
 	Title  string
 	Kind   FigureKind
 	X, Y   Axis

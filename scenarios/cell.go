@@ -130,7 +130,7 @@ func (c *Cell) Resolve() error {
 	if c.PushWorkers < 0 {
 		c.PushWorkers = info.PushWorkers
 	}
-	if err := c.validate(info); err != nil {
+	if err := c.validate(); err != nil {
 		return err
 	}
 	c.kernel = kernelName()
@@ -141,10 +141,18 @@ func (c *Cell) Resolve() error {
 	if c.params, err = param.New(all.Specs(st, c.Device, c.Transport), c.Settings); err != nil {
 		return usage("%w", err)
 	}
-	return errors.Join(deviceErr, c.pickShaper())
+	shaperErr := c.pickShaper()
+	if errors.Is(shaperErr, ErrUsage) {
+		return shaperErr
+	}
+	var opErr error
+	if c.Op != "read" && !info.Can(strategies.Writes) {
+		opErr = fmt.Errorf("strategy %s does not write back: %w", c.Strategy, region.ErrNotSupported)
+	}
+	return errors.Join(opErr, deviceErr, shaperErr)
 }
 
-func (c *Cell) validate(info strategies.Info) error {
+func (c *Cell) validate() error {
 	if c.Size < 1 {
 		return usage("size %d: a region has at least 1 byte", c.Size)
 	}
@@ -180,9 +188,6 @@ func (c *Cell) validate(info strategies.Info) error {
 	if _, err := ParsePlacement(c.CPUs); err != nil {
 		return err
 	}
-	if c.Op != "read" && !info.Can(strategies.Writes) {
-		return fmt.Errorf("strategy %s does not write back: %w", c.Strategy, region.ErrNotSupported)
-	}
 	return nil
 }
 
@@ -194,7 +199,11 @@ func (c *Cell) pickDevice(info strategies.Info) error {
 			if !slices.Contains(all.DeviceNames(), c.Device) {
 				return usage("unknown device %q; valid: auto, %s", c.Device, strings.Join(all.DeviceNames(), ", "))
 			}
-			return usage("strategy %s has no device %q; it has: %s", c.Strategy, c.Device, strings.Join(info.Devices, ", "))
+			has := strings.Join(info.Devices, ", ")
+			if has == "" {
+				has = "none, as a baseline"
+			}
+			return fmt.Errorf("strategy %s has no device %s; it has: %s: %w", c.Strategy, c.Device, has, region.ErrNotSupported)
 		}
 		return all.ProbeDevice(c.Device)
 	}
@@ -277,8 +286,9 @@ func ParsePlacement(s string) (map[string]string, error) {
 			m[last] += "," + f
 			continue
 		}
-		if !ok || !slices.Contains([]string{role.Source, role.Daemon, role.Workload}, r) {
-			return nil, usage("placement %q: want source=, daemon= or workload= and CPU numbers", s)
+		_, twice := m[r]
+		if !ok || twice || !slices.Contains([]string{role.Source, role.Daemon, role.Workload}, r) {
+			return nil, usage("placement %q: want source=, daemon= or workload=, each at most once, and CPU numbers", s)
 		}
 		m[r], last = cpus, r
 	}

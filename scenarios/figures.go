@@ -1,6 +1,7 @@
 package scenarios
 
 import (
+	"slices"
 	"strings"
 	"time"
 
@@ -11,6 +12,10 @@ import (
 // Figure is a scenario that makes one plot: its cells, and how they are drawn.
 type Figure struct {
 	Spec results.FigureSpec
+	// More are further pictures of the same records; their Name tells the files apart.
+	More []results.FigureSpec
+	// Variants it has; nil is both.
+	Variants []string
 	// Cells makes the matrix of a variant; quick is the short form (three points
 	// of x, time budgets).
 	Cells func(variant string, quick bool) []*Cell
@@ -66,7 +71,40 @@ func Figures() []Figure {
 				})
 			},
 		},
+		gcTail(),
 	}
+}
+
+// gcTail asks whether the fault handler should be written in a language without
+// a garbage collector: the tail of the fault latency with the daemon's collector
+// on, off, and under allocation load.
+func gcTail() Figure {
+	spec := func(quantile, label string) results.FigureSpec {
+		return results.FigureSpec{
+			Name: "gc-tail-" + quantile, Figure: "gc-tail", Title: "Fault latency and the daemon's garbage collector: " + label, Kind: results.FigureBar,
+			X:    results.Axis{Column: "params.gc", Label: "Collector of the daemon", Category: true},
+			Y:    results.Axis{Column: "fault_latency_" + quantile, Label: "Fault latency, " + label, Unit: "us", Scale: 1e6},
+			Keys: []string{"transport"}, Series: []results.FigureSeries{{Key: "local", Label: "transport local"}, {Key: "nbd", Label: "unshaped link"}},
+			Note: "userfaultfd, one handler, 4 KiB faults in random order. load: the daemon allocates about 1 GB/s beside.",
+		}
+	}
+	f := Figure{Spec: spec("p99", "99th percentile"), More: []results.FigureSpec{spec("p50", "median"), spec("p999", "99.9th percentile")}, Variants: []string{Network}}
+	f.Spec.Name = "gc-tail"
+	f.Cells = func(_ string, quick bool) []*Cell {
+		var cells []*Cell
+		for _, transport := range []string{"local", "nbd"} {
+			for _, gc := range []string{"on", "off", "load"} {
+				c := &Cell{Figure: "gc-tail", Variant: Network, Strategy: "userfaultfd", Transport: transport, Size: 256 << 20, Access: "random",
+					PullWorkers: -1, PushWorkers: -1, Limit: WholeRegion, Budget: 10 * time.Second, Floors: true, Settings: []string{"gc=" + gc}}
+				if quick {
+					c.Size, c.Budget = 64<<20, 2*time.Second
+				}
+				cells = append(cells, c)
+			}
+		}
+		return cells
+	}
+	return f
 }
 
 // thesisThroughputSize is how much the thesis read: it changed with the RTT.
@@ -138,6 +176,11 @@ func matrix(figure, variant string, rtts []int, set func(*Cell)) []*Cell {
 		}
 	}
 	return cells
+}
+
+// Has reports whether the figure has the variant.
+func (f Figure) Has(variant string) bool {
+	return f.Variants == nil || slices.Contains(f.Variants, variant)
 }
 
 // FigureByName finds a figure; the error of an unknown name lists the valid ones.

@@ -252,7 +252,7 @@ func (r *Runner) Run(ctx context.Context, it Item) (o Outcome) {
 	if it.Cell.Op != "read" && it.Cell.Link.Rate > 0 { // Sync moves what was written
 		limit += time.Duration(float64(it.Cell.Size*8) / float64(it.Cell.Link.Rate) * 2e9)
 	}
-	rctx, cancel := context.WithTimeout(ctx, limit)
+	rctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the run takes longer than %v: %w", limit, context.DeadlineExceeded))
 	defer cancel()
 	one := &run{Runner: r, cell: it.Cell, seed: it.Seed, link: l, out: &o}
 	o.Err = one.do(rctx)
@@ -349,7 +349,14 @@ func (r *run) inFolder(ctx context.Context) (err error) {
 	if err := r.start(ctx); err != nil {
 		return err
 	}
-	return r.measure(ctx, r.cell.setup(r.seed, dir), r.cell.work(r.seed))
+	// When one of the processes dies, what waits for the others must not wait
+	// for the deadline: nobody may be left who could answer.
+	watched, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil) // before the processes are stopped
+	for _, p := range r.processes() {
+		p.Watch(watched, cancel)
+	}
+	return r.measure(watched, r.cell.setup(r.seed, dir), r.cell.work(r.seed))
 }
 
 // drain waits until the link is idle: what a strategy had in flight when it was

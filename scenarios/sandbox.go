@@ -27,11 +27,15 @@ import (
 // and with the last process go the anonymous network namespaces and their
 // devices. The outer process only waits, passes signals on and removes the
 // scratch folder.
+//
+// A signal is passed on only once the inner process says that it listens, by
+// closing a pipe: before that, the first process of a PID namespace loses it.
 
 const (
 	sandboxEnv    = "MEMSYNC_SANDBOX" // the scratch folder; set for the inner process only
 	scratchPrefix = "memsync-run-"
 	ownerFile     = "owner" // locked by the outer process as long as it lives
+	readyFD       = 3       // of the inner process: the pipe that it closes
 )
 
 // Sandboxed reports whether this process is the inner one, and its scratch folder.
@@ -43,17 +47,24 @@ func Sandboxed() (scratch string, ok bool) {
 // EnterSandbox runs this program with the same arguments once more, inside a
 // sandbox, and returns its exit status. It returns an error that matches
 // region.ErrNotPermitted where the kernel refuses to make one.
-// SIGINT and SIGTERM are passed on; a second one kills.
+// When ctx ends, the inner process gets SIGINT; a second signal (SIGINT, SIGTERM,
+// SIGHUP) kills it. Where that was its end, the error is ctx's.
 func EnterSandbox(ctx context.Context) (status int, err error) {
 	scratch, unlock, err := newScratch()
 	if err != nil {
 		return 0, err
 	}
 	defer unlock()
+	readyR, readyW, err := os.Pipe()
+	if err != nil {
+		return 0, err
+	}
+	defer readyR.Close()
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), sandboxEnv+"="+scratch)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.ExtraFiles = []*os.File{readyW} // as readyFD
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID,
 		Pdeathsig:  unix.SIGKILL,
@@ -78,29 +89,34 @@ func EnterSandbox(ctx context.Context) (status int, err error) {
 			done <- cmd.Wait()
 		}
 	}()
-	if err := <-started; err != nil {
+	err = <-started
+	readyW.Close()
+	if err != nil {
 		return 0, fmt.Errorf("start in a sandbox (mount and PID namespaces): %w: %w; "+
 			"run as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces above 0, kernel.apparmor_restrict_unprivileged_userns=0), "+
 			"or use the lab kernel: memsync lab -- memsync ...", err, region.ErrNotPermitted)
 	}
-	n := 0
-	for {
+	go func() {
+		<-ctx.Done()
+		_, _ = readyR.Read(make([]byte, 1)) // it listens, or has ended
+		_ = cmd.Process.Signal(unix.SIGINT)
+	}()
+	for n := 0; ; {
 		select {
-		case sig := <-signals:
+		case <-signals:
 			if n++; n > 1 {
 				_ = cmd.Process.Kill()
-			} else {
-				_ = cmd.Process.Signal(sig)
 			}
 		case err := <-done:
 			var exit *exec.ExitError
-			if errors.As(err, &exit) {
-				if ws, ok := exit.Sys().(interface{ Signaled() bool }); ok && ws.Signaled() {
-					return 1, fmt.Errorf("the measuring process ended: %v", exit)
-				}
-				return exit.ExitCode(), nil
+			if !errors.As(err, &exit) {
+				return 0, err
 			}
-			return 0, err
+			if exit.ExitCode() < 0 { // by a signal
+				err = fmt.Errorf("the measuring process ended: %w", exit)
+				return 0, errors.Join(context.Cause(ctx), err)
+			}
+			return exit.ExitCode(), nil
 		}
 	}
 }
@@ -115,12 +131,14 @@ func newScratch() (dir string, remove func(), err error) {
 	if err != nil {
 		return "", nil, fmt.Errorf("make a scratch folder: %w", err)
 	}
-	f, err := os.OpenFile(filepath.Join(dir, ownerFile), os.O_CREATE|os.O_RDWR, 0o600)
+	// Locked before it has its name, so that no other process finds it unlocked.
+	owner := filepath.Join(dir, ownerFile)
+	f, err := os.OpenFile(owner+".new", os.O_CREATE|os.O_RDWR, 0o600)
 	if err == nil {
-		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err = errors.Join(unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB), os.Rename(f.Name(), owner))
 	}
 	if err != nil {
-		return "", nil, errors.Join(err, os.RemoveAll(dir))
+		return "", nil, errors.Join(fmt.Errorf("lock the scratch folder: %w", err), os.RemoveAll(dir))
 	}
 	return dir, func() { os.RemoveAll(dir); f.Close() }, nil
 }
@@ -134,6 +152,10 @@ func CleanScratch() (removed []string, err error) {
 	}
 	var errs []error
 	for _, dir := range dirs {
+		var st unix.Stat_t
+		if unix.Lstat(dir, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Geteuid() {
+			continue
+		}
 		f, err := os.OpenFile(filepath.Join(dir, ownerFile), os.O_RDWR, 0)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
@@ -162,9 +184,11 @@ func CleanScratch() (removed []string, err error) {
 	return removed, errors.Join(errs...)
 }
 
-// SetUpSandbox is what the inner process does first: it makes mounts private,
-// shows itself a /proc of its PID namespace, and reaps orphans.
+// SetUpSandbox is what the inner process does first, once it listens for
+// signals: it says so, makes mounts private and shows itself a /proc of its PID
+// namespace.
 func SetUpSandbox() error {
+	_ = unix.Close(readyFD)
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w: %w", err, region.ErrNotPermitted)
 	}

@@ -5,6 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -88,6 +91,11 @@ run); 124 after --timeout; 125 if the lab kernel cannot be had or dies; 6 wrong 
 				ctx, cancel = context.WithTimeout(ctx, o.timeout)
 				defer cancel()
 			}
+			// Without this, output into a closed pipe would end memsync on the
+			// spot: its work folder would stay, the command would not know.
+			pipe := make(chan os.Signal, 1)
+			signal.Notify(pipe, syscall.SIGPIPE)
+			defer signal.Stop(pipe)
 			status, err := k.Run(ctx, lab.Command{Args: args, Stdin: s.stdin, Stdout: s.stdout, Stderr: s.stderr, Memory: mem, CPU: o.cpu})
 			switch {
 			case s.ctx.Err() != nil:

@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"strings"
 	"text/tabwriter"
 
@@ -90,6 +91,21 @@ func named(names func() []string) func() (any, []string, [][]string) {
 	}
 }
 
+// writeColumns aligns columns on a terminal and separates them by tabs elsewhere.
+func writeColumns(s *state, lines [][]string) error {
+	w, flush := s.stdout, func() error { return nil }
+	if s.stdoutTTY {
+		t := tabwriter.NewWriter(s.stdout, 0, 0, 2, ' ', 0)
+		w, flush = t, t.Flush
+	}
+	for _, l := range lines {
+		if _, err := fmt.Fprintln(w, strings.Join(l, "\t")); err != nil {
+			return err
+		}
+	}
+	return flush()
+}
+
 func newListCmd(s *state) *cobra.Command {
 	var asJSON bool
 	var names []string
@@ -116,14 +132,7 @@ func newListCmd(s *state) *cobra.Command {
 				if s.stdoutTTY {
 					fmt.Fprintf(s.stdout, "%s\n", l.name)
 				}
-				w := tabwriter.NewWriter(s.stdout, 0, 0, 2, ' ', 0)
-				if !s.stdoutTTY {
-					w = tabwriter.NewWriter(s.stdout, 0, 0, 0, '\t', 0)
-				}
-				for _, l := range append([][]string{head}, lines...) {
-					fmt.Fprintln(w, strings.Join(l, "\t"))
-				}
-				if err := w.Flush(); err != nil {
+				if err := writeColumns(s, append([][]string{head}, lines...)); err != nil {
 					return exitWith(exitFailed, err)
 				}
 			}

@@ -29,7 +29,7 @@ const (
 // state is what a command may use of the process it runs in, so that a test
 // can run a whole command with streams of its own.
 type state struct {
-	ctx                  context.Context // ends at the first SIGINT or SIGTERM
+	ctx                  context.Context // ends at the first SIGINT, SIGTERM or SIGHUP
 	args                 []string        // without the program's name
 	stdin                io.Reader
 	stdout, stderr       io.Writer // data; words
@@ -67,7 +67,7 @@ func mainCode() int {
 	if code, ok := hidden(os.Args[1:]); ok {
 		return code
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	s := &state{
 		ctx: ctx, args: os.Args[1:],

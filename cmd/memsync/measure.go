@@ -268,7 +268,11 @@ func sandbox(s *state) (scratch string, err error) {
 		return "", exitWith(exitNotPermitted, err)
 	}
 	if err != nil {
-		return "", exitWith(exitFailed, err)
+		code := exitFailed
+		if s.ctx.Err() != nil {
+			code = exitInterrupted
+		}
+		return "", exitWith(code, err)
 	}
 	if code != 0 {
 		return "", &exitError{code: code}
@@ -280,19 +284,23 @@ func sandbox(s *state) (scratch string, err error) {
 type statuses struct {
 	count map[results.Status]int
 	first map[results.Status]error
-	perm  bool
 }
+
+// notPermitted stands beside the statuses of package results: a run that failed
+// for want of permission.
+const notPermitted results.Status = "not permitted"
 
 func (t *statuses) add(o scenarios.Outcome) {
 	if t.count == nil {
 		t.count, t.first = map[results.Status]int{}, map[results.Status]error{}
 	}
-	t.count[o.Status]++
-	if t.first[o.Status] == nil {
-		t.first[o.Status] = o.Err
+	st := o.Status
+	if st == results.StatusFailed && (errors.Is(o.Err, region.ErrNotPermitted) || errors.Is(o.Err, netem.ErrNotPermitted)) {
+		st = notPermitted
 	}
-	if o.Status == results.StatusFailed && (errors.Is(o.Err, region.ErrNotPermitted) || errors.Is(o.Err, netem.ErrNotPermitted)) {
-		t.perm = true
+	t.count[st]++
+	if t.first[st] == nil {
+		t.first[st] = o.Err
 	}
 }
 
@@ -308,17 +316,13 @@ func (t *statuses) err(s *state, listed bool) error {
 		code   int
 	}{
 		{results.StatusCorrupt, exitCorrupt}, {results.StatusFailed, exitFailed}, {results.StatusTimeout, exitFailed},
-		{results.StatusUncalibrated, exitNotPermitted}, {results.StatusUnsupported, exitUnsupported},
+		{notPermitted, exitNotPermitted}, {results.StatusUncalibrated, exitNotPermitted}, {results.StatusUnsupported, exitUnsupported},
 	} {
 		n := t.count[e.status]
 		if n == 0 || listed && e.status == results.StatusUnsupported {
 			continue
 		}
-		code := e.code
-		if e.status == results.StatusFailed && t.perm {
-			code = exitNotPermitted
-		}
-		return exitWith(code, fmt.Errorf("%d runs are %s; the first: %w", n, e.status, t.first[e.status]))
+		return exitWith(e.code, fmt.Errorf("%d runs are %s; the first: %w", n, e.status, t.first[e.status]))
 	}
 	return nil
 }

@@ -142,6 +142,9 @@ func runRun(s *state, o *runOptions) error {
 	var missing []error
 	for _, f := range figures {
 		for _, v := range variants {
+			if !f.Has(v) {
+				continue
+			}
 			for _, c := range f.Cells(v, o.quick) {
 				if o.budgetSet {
 					c.Budget = o.budget
@@ -261,14 +264,15 @@ func show(s *state, dir string, figures []scenarios.Figure, variants []string) e
 			if err := printFigure(s, f.Spec, v, of); err != nil {
 				return err
 			}
-			spec := f.Spec
-			files, err := plots.Draw(of, spec, filepath.Join(dir, "plots", v))
-			if err != nil {
-				fmt.Fprintf(s.stderr, "no picture of %s (%s): %v\n", spec.Name, v, err)
-				continue
-			}
-			for _, file := range files {
-				fmt.Fprintln(s.stdout, "picture:", file)
+			for _, spec := range append([]results.FigureSpec{f.Spec}, f.More...) {
+				files, err := plots.Draw(of, spec, filepath.Join(dir, "plots"))
+				if err != nil {
+					fmt.Fprintf(s.stderr, "no picture of %s (%s): %v\n", spec.Name, v, err)
+					continue
+				}
+				for _, file := range files {
+					fmt.Fprintln(s.stdout, "picture:", file)
+				}
 			}
 			fmt.Fprintln(s.stdout)
 		}

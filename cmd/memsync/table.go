@@ -1,7 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
+	"strings"
 
 	"memsync/results"
 	"memsync/results/table"
@@ -10,6 +13,10 @@ import (
 
 // printFigure prints a figure's numbers as a table.
 func printFigure(s *state, spec results.FigureSpec, variant string, rows []results.Row) error {
+	rows = slices.Clone(rows)
+	slices.SortStableFunc(rows, func(a, b results.Row) int {
+		return cmp.Or(cmp.Compare(seriesIndex(spec, a), seriesIndex(spec, b)), cmp.Compare(a.RTTms, b.RTTms))
+	})
 	t, err := table.FromRows(rows, append(append([]string{}, spec.Keys...), spec.X.Column, "shaper"), []string{spec.Y.Column})
 	if err != nil {
 		return err
@@ -18,6 +25,20 @@ func printFigure(s *state, spec results.FigureSpec, variant string, rows []resul
 		fmt.Fprintf(s.stdout, "%s (%s): %s, median and 95 %% confidence interval\n", spec.Name, variant, spec.Title)
 	}
 	return t.Write(s.stdout, s.stdoutTTY)
+}
+
+// seriesIndex is the place of a row's series in the figure; those it does not name come last.
+func seriesIndex(spec results.FigureSpec, r results.Row) int {
+	var key []string
+	for _, c := range spec.Keys {
+		v, _ := r.Get(c) // the spec's columns exist: a test checks every spec
+		key = append(key, v)
+	}
+	i := slices.IndexFunc(spec.Series, func(s results.FigureSeries) bool { return s.Key == strings.Join(key, "/") })
+	if i < 0 {
+		return len(spec.Series)
+	}
+	return i
 }
 
 // reported are the metrics that measure prints first; the others follow with --json.
