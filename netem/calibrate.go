@@ -502,7 +502,7 @@ func (l *Link) measureGoodput(ctx context.Context) (float64, error) {
 		_ = t.SetLinger(0)
 	}
 	tx.Close()
-	if err := l.drain(ctx, time.Duration(serialisation(l.profile.Queue(), l.profile.Rate))); err != nil {
+	if err := l.drain(ctx, time.Duration(serialisation(l.profile.Queue(), l.profile.Rate))*5/4); err != nil {
 		return 0, err
 	}
 	if bytes == 0 || !last.After(from) {

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -412,6 +413,18 @@ func (l *Link) Counters() (Counters, error) {
 		}
 	}
 	return Counters{SourceTx: t[0], DestinationTx: t[1]}, nil
+}
+
+// CPU is the CPU time that this process has spent on forwarding since Open; 0 where
+// the kernel does it (every shaper but tun).
+func (l *Link) CPU() time.Duration {
+	var sum time.Duration
+	for _, f := range l.forwards {
+		if f != nil {
+			sum += f.cputime()
+		}
+	}
+	return sum
 }
 
 // Close ends the link: its threads, devices and namespaces. It waits for our threads,

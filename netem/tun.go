@@ -79,8 +79,8 @@ type forwarder struct {
 
 	packets, bytes    atomic.Int64 // L3, as segmented, written out
 	lost, over, wrong atomic.Int64 // packets
-	cpu               atomic.Int64 // ns, of the thread; set when it ends
-	tid               atomic.Int64
+	tid               atomic.Int64 // of its thread, 0 before it runs and after it ended
+	cpu               atomic.Int64 // ns, once it ended
 }
 
 func newForwarder(in, out, stop int, p Profile, l *line) (*forwarder, error) {
@@ -251,8 +251,21 @@ func (f *forwarder) run() {
 			break
 		}
 	}
-	var ru unix.Rusage
-	if unix.Getrusage(unix.RUSAGE_THREAD, &ru) == nil {
-		f.cpu.Store(ru.Utime.Nano() + ru.Stime.Nano())
+	f.cpu.Store(int64(f.cputime()))
+	f.tid.Store(0)
+}
+
+// cputime is the CPU time of the thread. The clock of another thread of one's own
+// process is made from its id: CPUCLOCK_SCHED and CPUCLOCK_PERTHREAD of
+// include/linux/posix-timers.h.
+func (f *forwarder) cputime() time.Duration {
+	tid := f.tid.Load()
+	if tid == 0 {
+		return time.Duration(f.cpu.Load())
 	}
+	var ts unix.Timespec
+	if err := unix.ClockGettime(int32(^tid<<3|2|4), &ts); err != nil {
+		return time.Duration(f.cpu.Load()) // it has just ended
+	}
+	return time.Duration(ts.Nano())
 }
