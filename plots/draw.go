@@ -254,11 +254,24 @@ func (f *figure) describe(rows []results.Row) (subtitle, caption string) {
 	return subtitle, caption
 }
 
-// values returns the values that a column takes, as people read them.
+// values returns the values that a column takes, as people read them, numbers
+// from small to large.
 func values(rows []results.Row, column, none string) string {
-	var out []string
+	var all, out []string
 	for _, r := range rows {
-		v, _ := r.Get(column)
+		if v, _ := r.Get(column); !slices.Contains(all, v) {
+			all = append(all, v)
+		}
+	}
+	slices.SortStableFunc(all, func(a, b string) int {
+		x, errX := strconv.ParseFloat(a, 64)
+		y, errY := strconv.ParseFloat(b, 64)
+		if errX != nil || errY != nil {
+			return 0 // text stays in the order of appearance
+		}
+		return cmp.Compare(x, y)
+	})
+	for _, v := range all {
 		switch x, _ := strconv.ParseFloat(v, 64); {
 		case column == "region_bytes" || column == "chunk_bytes":
 			if v = bytesText(int64(x)); x == 0 {

@@ -327,6 +327,12 @@ func TestDrawReports(t *testing.T) {
 	if !errors.Is(err, ErrNoData) || len(paths) != 2 || filepath.Base(paths[0]) != "f.thesis.png" {
 		t.Errorf("one of two variants has data: %v, %v", paths, err)
 	}
+	second := spec
+	second.Name, second.Figure = "f-second", "f"
+	paths, err = Draw(g.rows, second, dir)
+	if !errors.Is(err, ErrNoData) || len(paths) != 2 || filepath.Base(paths[0]) != "f-second.thesis.png" {
+		t.Errorf("a second picture of the records: %v, %v", paths, err)
+	}
 	bad := spec
 	bad.Keys = []string{"colour"}
 	if _, err := Draw(g.rows, bad, dir); err == nil || errors.Is(err, ErrNoData) {

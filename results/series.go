@@ -3,7 +3,6 @@ package results
 import (
 	"fmt"
 	"slices"
-	"strconv"
 	"strings"
 )
 
@@ -150,14 +149,4 @@ func Varying(rows []Row, except ...string) map[string][]string {
 		}
 	}
 	return out
-}
-
-// formatNumber writes v with the given significant digits, without exponent
-// where that is readable.
-func formatNumber(v float64, digits int) string {
-	s := strconv.FormatFloat(v, 'g', digits, 64)
-	if strings.Contains(s, "e") && v > -1e6 && v < 1e6 {
-		s = strconv.FormatFloat(v, 'f', 0, 64)
-	}
-	return s
 }
