@@ -142,6 +142,7 @@ func (r *Runner) Close() error {
 
 // Evidence returns what was read back from each link, and its calibration.
 func (r *Runner) Evidence() (links, calibrations []json.RawMessage) {
+	links, calibrations = []json.RawMessage{}, []json.RawMessage{} // [] and not null in JSON
 	for _, l := range r.links {
 		if l.Link == nil {
 			continue

@@ -220,8 +220,13 @@ func runMeasure(s *state, f *pflag.FlagSet, o *measureOptions) error {
 	p := newProgress(s, "measure")
 	r.Log = p.Note
 	status := &statuses{}
-	if resolveErr == nil {
-		items := scenarios.Plan([]*scenarios.Cell{&o.cell}, o.runs, o.seed)
+	items := scenarios.Plan([]*scenarios.Cell{&o.cell}, o.runs, o.seed)
+	if resolveErr != nil { // said once, at the end; the object has it in each run
+		o.cell.Missing = resolveErr
+		for _, it := range items {
+			report.Add(r.Run(s.ctx, it))
+		}
+	} else {
 		p.Plan(items)
 		_ = r.Sweep(s.ctx, items, p.Begin, func(out scenarios.Outcome) error {
 			report.Add(out)
@@ -233,9 +238,6 @@ func runMeasure(s *state, f *pflag.FlagSet, o *measureOptions) error {
 	report.Finish(r.Evidence())
 	closeErr := r.Close()
 	p.Close()
-	if resolveErr != nil {
-		report.Environment["error"] = resolveErr.Error()
-	}
 	if o.asJSON {
 		enc := json.NewEncoder(s.stdout)
 		enc.SetIndent("", "  ")

@@ -119,7 +119,8 @@ func (z *zipf) next() int64 {
 	if uz < 1+math.Pow(0.5, z.theta) {
 		return min(1, int64(z.n)-1)
 	}
-	return min(int64(z.n*math.Pow(z.eta*u-z.eta+1, z.alpha)), int64(z.n)-1)
+	// Rounding must not lead out of [0, n), nor must the NaN that eta is where n is 2.
+	return min(max(int64(z.n*math.Pow(z.eta*u-z.eta+1, z.alpha)), 0), int64(z.n)-1)
 }
 
 // split gives thread t of n its share of the pages: [first, first+count).

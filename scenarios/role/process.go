@@ -200,6 +200,18 @@ func (p *Process) Ask(ctx context.Context, op string, body, reply any, files ...
 // PID returns the process's number.
 func (p *Process) PID() int { return p.cmd.Process.Pid }
 
+// Watch calls ended, with what became of it, when the process ends before ctx
+// does. It returns at once.
+func (p *Process) Watch(ctx context.Context, ended func(error)) {
+	go func() {
+		select {
+		case <-p.done:
+			ended(fmt.Errorf("%s ended (%v)%s: %w", p.Role, p.cmd.ProcessState, p.tail, region.ErrPeerGone))
+		case <-ctx.Done():
+		}
+	}()
+}
+
 // Stop closes the socket, which ends the role, and kills the process where it
 // does not end within two seconds. It returns once the process is gone or, for
 // one that cannot even be killed, with an error. It may be called twice.

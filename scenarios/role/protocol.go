@@ -175,8 +175,8 @@ func (c *Conn) read() (m message, files []*os.File, err error) {
 // not overlap. When ctx ends first, the connection is of no further use.
 func (c *Conn) Call(ctx context.Context, op string, body, reply any, files ...*os.File) ([]*os.File, error) {
 	fail := func(err error) error {
-		if e := ctx.Err(); e != nil {
-			err = e
+		if ctx.Err() != nil {
+			err = context.Cause(ctx)
 		} else if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) {
 			err = fmt.Errorf("the process ended: %w", region.ErrPeerGone)
 		}

@@ -81,7 +81,7 @@ func (w Work) expect(in *os.File, buf []byte, off int64) error {
 		return nil
 	}
 	if n, err := in.ReadAt(buf, off); n < len(buf) {
-		return fmt.Errorf("input %s: read %d bytes at %d: %w", w.Input, len(buf), off, err)
+		return fmt.Errorf("input %s: %d bytes at %d, to compare with: it shrank or cannot be read: %w", w.Input, len(buf), off, err)
 	}
 	return nil
 }

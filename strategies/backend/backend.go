@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -53,12 +54,19 @@ func Open(s Spec, dir string) (region.Store, error) {
 	}
 	switch s.Backend {
 	case "memory":
-		return newMemory(s.Size, fill, closeFill)
+		m, err := newMemory(s.Size, fill, closeFill)
+		if err != nil {
+			return nil, errors.Join(err, closeFill())
+		}
+		return m, nil
 	case "file":
-		defer closeFill()
-		return newFile(dir, s.Size, fill)
+		f, err := newFile(dir, s.Size, fill)
+		if err = errors.Join(err, closeFill()); err != nil {
+			return nil, err
+		}
+		return f, nil
 	}
-	return nil, fmt.Errorf("unknown backend %q; valid: %v", s.Backend, Names())
+	return nil, errors.Join(fmt.Errorf("unknown backend %q; valid: %s", s.Backend, strings.Join(Names(), ", ")), closeFill())
 }
 
 // block is the unit in which Memory materialises its content.
@@ -101,7 +109,7 @@ func newMemory(size int64, fill func([]byte, int64) error, done func() error) (*
 	}
 	wg.Wait()
 	if err := errors.Join(errs...); err != nil {
-		return nil, errors.Join(err, m.Close())
+		return nil, errors.Join(err, unix.Munmap(mem)) // done is the caller's until there is a Memory
 	}
 	return m, nil
 }
@@ -126,11 +134,14 @@ func (m *Memory) need(off, n int64) error {
 	return nil
 }
 
-func (m *Memory) check(off, n int64) error {
+func (m *Memory) check(ctx context.Context, off, n int64) error {
 	if m.closed {
 		return region.ErrClosed
 	}
 	if err := region.CheckRange(off, n, m.size); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	return m.need(off, n)
@@ -143,17 +154,17 @@ func (m *Memory) Size() int64 { return m.size }
 func (m *Memory) View(off, n int64) ([]byte, bool) {
 	m.open.RLock()
 	defer m.open.RUnlock()
-	if m.check(off, n) != nil {
+	if m.check(context.Background(), off, n) != nil {
 		return nil, false
 	}
 	return m.mem[off : off+n : off+n], true
 }
 
 // ReadAt copies from memory.
-func (m *Memory) ReadAt(_ context.Context, p []byte, off int64) error {
+func (m *Memory) ReadAt(ctx context.Context, p []byte, off int64) error {
 	m.open.RLock()
 	defer m.open.RUnlock()
-	if err := m.check(off, int64(len(p))); err != nil {
+	if err := m.check(ctx, off, int64(len(p))); err != nil {
 		return err
 	}
 	copy(p, m.mem[off:])
@@ -161,10 +172,10 @@ func (m *Memory) ReadAt(_ context.Context, p []byte, off int64) error {
 }
 
 // WriteAt copies to memory.
-func (m *Memory) WriteAt(_ context.Context, p []byte, off int64) error {
+func (m *Memory) WriteAt(ctx context.Context, p []byte, off int64) error {
 	m.open.RLock()
 	defer m.open.RUnlock()
-	if err := m.check(off, int64(len(p))); err != nil {
+	if err := m.check(ctx, off, int64(len(p))); err != nil {
 		return err
 	}
 	copy(m.mem[off:m.size], p)
@@ -172,13 +183,10 @@ func (m *Memory) WriteAt(_ context.Context, p []byte, off int64) error {
 }
 
 // Flush does nothing: memory is as durable as it gets.
-func (m *Memory) Flush(context.Context) error {
+func (m *Memory) Flush(ctx context.Context) error {
 	m.open.RLock()
 	defer m.open.RUnlock()
-	if m.closed {
-		return region.ErrClosed
-	}
-	return nil
+	return m.check(ctx, 0, 0)
 }
 
 // Close unmaps the memory; a View must not be used afterwards.
@@ -194,8 +202,9 @@ func (m *Memory) Close() error {
 
 // File holds a region in a file, through the page cache.
 type File struct {
-	size int64
-	f    *os.File
+	size   int64
+	f      *os.File
+	closed atomic.Bool
 }
 
 func newFile(dir string, size int64, fill func([]byte, int64) error) (*File, error) {
@@ -203,7 +212,7 @@ func newFile(dir string, size int64, fill func([]byte, int64) error) (*File, err
 	if err != nil {
 		return nil, fmt.Errorf("create the region's file: %w", err)
 	}
-	s := &File{size, f}
+	s := &File{size: size, f: f}
 	buf := make([]byte, block)
 	for off := int64(0); off < size; off += block {
 		p := buf[:min(block, size-off)]
@@ -211,7 +220,7 @@ func newFile(dir string, size int64, fill func([]byte, int64) error) (*File, err
 			_, err = f.WriteAt(p, off)
 		}
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("fill the region's file at %d: %w", off, err), f.Close())
+			return nil, errors.Join(fmt.Errorf("fill the region's file at %d: %w", off, err), f.Close(), os.Remove(f.Name()))
 		}
 	}
 	return s, nil
@@ -223,8 +232,14 @@ func (f *File) Path() string { return f.f.Name() }
 // Size returns the region's size in bytes.
 func (f *File) Size() int64 { return f.size }
 
-func (f *File) do(op func([]byte, int64) (int, error), name string, p []byte, off int64) error {
+func (f *File) do(ctx context.Context, op func([]byte, int64) (int, error), name string, p []byte, off int64) error {
+	if f.closed.Load() {
+		return region.ErrClosed
+	}
 	if err := region.CheckRange(off, int64(len(p)), f.size); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
 		return err
 	}
 	if _, err := op(p, off); err != nil {
@@ -237,24 +252,26 @@ func (f *File) do(op func([]byte, int64) (int, error), name string, p []byte, of
 }
 
 // ReadAt reads from the file.
-func (f *File) ReadAt(_ context.Context, p []byte, off int64) error {
-	return f.do(f.f.ReadAt, "read", p, off)
+func (f *File) ReadAt(ctx context.Context, p []byte, off int64) error {
+	return f.do(ctx, f.f.ReadAt, "read", p, off)
 }
 
 // WriteAt writes to the file.
-func (f *File) WriteAt(_ context.Context, p []byte, off int64) error {
-	return f.do(f.f.WriteAt, "write", p, off)
+func (f *File) WriteAt(ctx context.Context, p []byte, off int64) error {
+	return f.do(ctx, f.f.WriteAt, "write", p, off)
 }
 
 // Flush makes the file durable (fsync).
-func (f *File) Flush(context.Context) error { return f.f.Sync() }
+func (f *File) Flush(ctx context.Context) error {
+	return f.do(ctx, func([]byte, int64) (int, error) { return 0, f.f.Sync() }, "flush", nil, 0)
+}
 
 // Close closes the file; it may be called twice.
 func (f *File) Close() error {
-	if err := f.f.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
-		return err
+	if f.closed.Swap(true) {
+		return nil
 	}
-	return nil
+	return f.f.Close()
 }
 
 // Delayed is a Store whose every ReadAt, WriteAt and Flush first pauses for RTT:

@@ -84,7 +84,7 @@ func (p Spec) check(v string) (string, error) {
 		if err != nil {
 			return "", bad(err.Error())
 		}
-		return d.String(), limits(int64(d), func(n int64) string { return time.Duration(n).String() })
+		return formatDuration(d), limits(int64(d), func(n int64) string { return formatDuration(time.Duration(n)) })
 	case KindEnum:
 		if !slices.Contains(p.Values, v) {
 			return "", bad("one of " + strings.Join(p.Values, ", "))
@@ -97,6 +97,18 @@ func (p Spec) check(v string) (string, error) {
 		return v, nil
 	}
 	panic("param: parameter " + p.Name + " has no kind")
+}
+
+// formatDuration writes d with a single unit, as region.ParseDuration reads it
+// (time.Duration's own text has several from a minute on: 1m30s).
+func formatDuration(d time.Duration) string {
+	switch {
+	case d < time.Minute:
+		return d.String()
+	case d%time.Second == 0:
+		return strconv.FormatInt(int64(d/time.Second), 10) + "s"
+	}
+	return strconv.FormatInt(int64(d), 10) + "ns"
 }
 
 // Values is a validated set of parameters, defaults filled in.
