@@ -153,7 +153,7 @@ func (v *View) openFault(f strategies.Fault, prot int) error {
 	if page < region.PageSize() || page&(page-1) != 0 {
 		return fmt.Errorf("page size %d: %w", page, region.ErrOutOfRange)
 	}
-	var mode, features uint64 = 0, uffd.UFFD_FEATURE_POISON
+	var mode, features uint64 = 0, uffd.UFFD_FEATURE_POISON | uffd.UFFD_FEATURE_THREAD_ID
 	if f.Missing {
 		mode |= uffd.UFFDIO_REGISTER_MODE_MISSING
 	}

@@ -2,10 +2,12 @@ package userfaultfd
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"runtime"
@@ -22,6 +24,8 @@ import (
 	"memsync/strategies/attach"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
+	"memsync/strategies/transport"
+	"memsync/strategies/transport/nbd"
 )
 
 // The tests run the workload, and where it is to be killed the daemon, in
@@ -38,6 +42,8 @@ func TestMain(m *testing.M) {
 		serveRole(&workload{})
 	case "daemon":
 		serveRole(&daemon{})
+	case "source":
+		serveRole(source{})
 	}
 }
 
@@ -54,6 +60,7 @@ type request struct {
 	Settings   []string
 	Delay      time.Duration
 	StallAt    int64
+	Addr       string // of the source
 }
 
 type reply struct {
@@ -63,6 +70,7 @@ type reply struct {
 	Nanos  []int64
 	Stats  strategies.Stats
 	Attach strategies.Attachment
+	Addr   string
 }
 
 type role interface {
@@ -430,6 +438,7 @@ func (d *daemon) do(q request, f *os.File) (a reply, out *os.File) {
 		if q.StallAt > 0 {
 			d.store.stallAt.Store(q.StallAt)
 		}
+		d.store.addr = q.Addr
 		d.mount, err = mountStore(d.store, q.Settings...)
 		if err == nil {
 			a.Attach = d.mount.Attachment()
@@ -451,6 +460,25 @@ func (d *daemon) do(q request, f *os.File) (a reply, out *os.File) {
 			for pong(5, 4, &b) == nil {
 			}
 		}()
+	case "read_store": // N reads of 4 KiB, without faults
+		st := newStore(q.Content, q.Len)
+		st.addr = q.Addr
+		var r region.Store
+		if r, err = (remote{st}).Open(context.Background()); err == nil {
+			runtime.LockOSThread()
+			buf := make([]byte, 4096)
+			for i := range q.N {
+				t := time.Now()
+				if err = r.ReadAt(context.Background(), buf, int64(i)*4096); err != nil {
+					break
+				}
+				a.Nanos = append(a.Nanos, int64(time.Since(t)))
+			}
+			runtime.UnlockOSThread()
+			r.Close()
+		}
+	case "floor_tcp", "floor_rr":
+		a.Nanos, err = rawFloor(q)
 	case "close":
 		err = d.mount.Close(context.Background())
 	default:
@@ -462,14 +490,119 @@ func (d *daemon) do(q request, f *os.File) (a reply, out *os.File) {
 	return a, nil
 }
 
+// ---- the source's role: an NBD server, and raw sockets for the floors
+
+type source struct{}
+
+func (source) do(q request, _ *os.File) (a reply, out *os.File) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return reply{Err: err.Error()}, nil
+	}
+	var t nbd.Transport
+	exports := transport.One{Store: newStore(q.Content, q.Len).view(true)}
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				if q.Op == "raw" {
+					serveRaw(c, q.Len)
+				} else {
+					_ = t.Serve(context.Background(), c, exports)
+				}
+			}()
+		}
+	}()
+	return reply{Addr: l.Addr().String()}, nil
+}
+
+// rawSocket returns c's blocking descriptor, outside the network poller.
+func rawSocket(c net.Conn) (int, func()) {
+	f, err := c.(*net.TCPConn).File()
+	if err != nil {
+		panic(err)
+	}
+	c.Close()
+	_ = unix.SetNonblock(int(f.Fd()), false)
+	return int(f.Fd()), func() { f.Close() }
+}
+
+func transfer(trap uintptr, fd int, p []byte) bool {
+	for len(p) > 0 {
+		n, _, _ := unix.Syscall(trap, uintptr(fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)))
+		if int(n) <= 0 {
+			return false
+		}
+		p = p[n:]
+	}
+	return true
+}
+
+// serveRaw answers each 8 bytes with as many bytes as they say.
+func serveRaw(c net.Conn, size int64) {
+	runtime.LockOSThread()
+	fd, done := rawSocket(c)
+	defer done()
+	mem := make([]byte, size)
+	var q [8]byte
+	for transfer(unix.SYS_READ, fd, q[:]) && transfer(unix.SYS_WRITE, fd, mem[:binary.LittleEndian.Uint64(q[:])]) {
+	}
+}
+
+func rawFloor(q request) (ns []int64, err error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	n, step, rounds := q.Len, int64(256<<10), 1
+	if q.Op == "floor_rr" {
+		n, step, rounds = 4096, 4096, q.N
+	}
+	begin := time.Now() // a stream's time includes connect(2)
+	c, err := net.Dial("tcp", q.Addr)
+	if err != nil {
+		return nil, err
+	}
+	fd, done := rawSocket(c)
+	defer done()
+	var ask [8]byte
+	binary.LittleEndian.PutUint64(ask[:], uint64(n))
+	buf := make([]byte, step)
+	for range rounds {
+		if rounds > 1 {
+			begin = time.Now()
+		}
+		if !transfer(unix.SYS_WRITE, fd, ask[:]) {
+			return nil, errors.New("floor: write")
+		}
+		for left := n; left > 0; left -= step {
+			if !transfer(unix.SYS_READ, fd, buf[:min(left, step)]) {
+				return nil, errors.New("floor: read")
+			}
+		}
+		ns = append(ns, int64(time.Since(begin)))
+	}
+	return ns, nil
+}
+
 // ---- what the tests mount
 
 type remote struct{ region.Store }
 
-func (r remote) Open(context.Context) (region.Store, error) { return r.Store, nil }
-func (r remote) Dial(context.Context) (c unixConn, err error) {
-	return nil, region.ErrNotSupported
+// Open returns the store, or where it has an address, what NBD finds there.
+func (r remote) Open(ctx context.Context) (region.Store, error) {
+	s, ok := r.Store.(*store)
+	if !ok || s.addr == "" {
+		return r.Store, nil
+	}
+	var t nbd.Transport
+	return t.Open(ctx, transport.DialFunc(func(ctx context.Context) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "tcp", s.addr)
+	}), transport.Options{})
 }
+
+func (r remote) Dial(context.Context) (net.Conn, error) { return nil, region.ErrNotSupported }
 
 func mountStore(s region.Store, settings ...string) (strategies.Mount, error) {
 	var o strategies.Options

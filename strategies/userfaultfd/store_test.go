@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -12,12 +11,11 @@ import (
 	"memsync/strategies/region"
 )
 
-type unixConn = net.Conn
-
 // store is a region of seeded content that can be slow, stall or fail.
 type store struct {
 	content region.Content
 	size    int64
+	addr    string        // not empty: of an NBD server that stands for it
 	mem     []byte        // not nil: a region.Viewer
 	delay   time.Duration // of each read
 	stallAt atomic.Int64  // a read of this offset waits for its context; -1 for none

@@ -39,13 +39,13 @@ func (Strategy) Info() strategies.Info {
 			{Name: "handlers", Kind: param.KindInt, Default: "1", Min: 1, Max: 64, Doc: "threads that answer faults, each with one read of the source at a time; the thesis has 1"},
 			{Name: "fault_around", Kind: param.KindSize, Min: region.PageSize(), Max: 2 << 20, Doc: "bytes that one fault fills, an aligned block of whole chunks; default the chunk"},
 			{Name: "prefetch", Kind: param.KindEnum, Default: "none", Values: []string{"none", "sequential", "all"}, Doc: "pull ahead of sequential readers, or all of the region in order"},
-			{Name: "window", Kind: param.KindSize, Default: "4MiB", Min: 64 << 10, Max: 1 << 30, Doc: "most bytes that are pulled ahead of a sequential reader; the link's BDP or more"},
+			{Name: "prefetch_window", Kind: param.KindSize, Default: "4MiB", Min: 64 << 10, Max: 1 << 30, Doc: "most bytes that are pulled ahead of a sequential reader; the link's BDP or more"},
 			{Name: "extent", Kind: param.KindSize, Min: region.PageSize(), Max: 32 << 20, Doc: "bytes of one background pull; default 256KiB, 2MiB with transport local"},
 			{Name: "copiers", Kind: param.KindInt, Default: "0", Max: 512, Doc: "background pulls in flight; 0 means the pull workers, else 16, or 2 with transport local"},
 			{Name: "resolve", Kind: param.KindEnum, Default: "copy", Values: []string{"copy", "continue"}, Doc: "how pages are filled: UFFDIO_COPY, or a write to the memfd and UFFDIO_CONTINUE (memory=shared)"},
 			{Name: "memory", Kind: param.KindEnum, Default: "anonymous", Values: []string{"anonymous", "shared", "huge", "thp"}, Doc: "what the workload maps: private memory, a memfd, a memfd of reserved 2 MiB pages, or private memory aligned and advised for 2 MiB pages"},
 			{Name: "writes", Kind: param.KindEnum, Default: "refused", Values: []string{"refused", "private"}, Doc: "a read-only mapping, or stores that the source never sees"},
-			{Name: "poll", Kind: param.KindDuration, Default: "0s", Max: 1e9, Doc: "how long a handler looks for the next fault before it sleeps; burns a CPU"},
+			{Name: "poll", Kind: param.KindDuration, Default: "50us", Max: 1e9, Doc: "how long a handler looks for the next fault before it sleeps, where the faulting thread is pinned to other CPUs and that has paid lately; 0 is never"},
 			{Name: "deadline", Kind: param.KindDuration, Default: "30s", Min: 1e6, Max: 3600e9, Doc: "of each read of the source; then the page raises SIGBUS"},
 			{Name: "gc", Kind: param.KindEnum, Default: "on", Values: []string{"on", "off", "load"}, Doc: "the daemon's garbage collector: on, off, or under an allocation load of about 1 GB/s"},
 		},
@@ -92,7 +92,7 @@ func (m *mount) open(ctx context.Context, r strategies.Remote, o strategies.Opti
 	}
 	chunk := max(o.Chunk, region.PageSize())
 	m.o = uffd.Options{PageSize: f.PageSize, Handlers: p.Int("handlers"), Poll: p.Duration("poll"), Deadline: p.Duration("deadline"),
-		FaultAround: max(p.Size("fault_around"), chunk), Window: p.Size("window"), Extent: p.Size("extent"), Copiers: p.Int("copiers")}
+		FaultAround: max(p.Size("fault_around"), chunk), Window: p.Size("prefetch_window"), Extent: p.Size("extent"), Copiers: p.Int("copiers")}
 	if m.o.Copiers == 0 {
 		m.o.Copiers = o.PullWorkers
 	}

@@ -57,8 +57,8 @@ var variants = []string{
 	"fault_around=12KiB",
 	"chunk=16KiB fault_around=32KiB",
 	"prefetch=sequential",
-	"prefetch=sequential handlers=3 fault_around=64KiB window=256KiB extent=64KiB copiers=3",
-	"prefetch=sequential window=64KiB extent=4KiB copiers=1",
+	"prefetch=sequential handlers=3 fault_around=64KiB prefetch_window=256KiB extent=64KiB copiers=3",
+	"prefetch=sequential prefetch_window=64KiB extent=4KiB copiers=1",
 	"prefetch=all",
 	"prefetch=all copiers=1 extent=4KiB handlers=2",
 	"memory=shared",
@@ -66,7 +66,7 @@ var variants = []string{
 	"memory=shared resolve=continue prefetch=sequential fault_around=64KiB handlers=4",
 	"memory=shared resolve=continue prefetch=all",
 	"memory=thp",
-	"writes=private poll=50us",
+	"writes=private poll=0",
 	"gc=load handlers=2", "gc=off",
 }
 
@@ -131,7 +131,7 @@ func TestSequential(t *testing.T) {
 	const size, delay = 8 << 20, 2 * time.Millisecond
 	s := newStore(content, size)
 	s.delay = delay
-	x := mountTo(t, s, "prefetch=sequential", "window=1MiB", "extent=64KiB")
+	x := mountTo(t, s, "prefetch=sequential", "prefetch_window=1MiB", "extent=64KiB")
 	x.w.ask(request{Op: "read", Len: size, N: 4096, Content: content})
 	st := x.Stats()
 	if st.Faults > 400 || st.PrefetchBytes < size*9/10 {

@@ -33,7 +33,7 @@ type Options struct {
 	PageSize    int64         // of the mapping, a power of two; 0 means the MMU's
 	FaultAround int64         // a fault fills the aligned block of this size; a multiple of PageSize; 0 means PageSize
 	Handlers    int           // threads that answer faults; 0 means 1
-	Poll        time.Duration // a handler looks for the next fault this long before it sleeps; it burns a CPU meanwhile
+	Poll        time.Duration // see below; 0 means never
 	Deadline    time.Duration // of each read of the store, 12 % late at most; 0 means 30 s
 	Prefetch    Prefetch
 	Window      int64    // most bytes ahead of a sequential reader; 0 means 4 MiB
@@ -41,6 +41,12 @@ type Options struct {
 	Copiers     int      // background pulls in flight; 0 means 16 (2 where the store is a region.Viewer)
 	Memfd       *os.File // not nil: fill by writing this file and UFFDIO_CONTINUE; stays the caller's
 }
+
+// Poll is how long a handler looks for the next fault before it sleeps, which
+// saves a wake-up but burns its CPU. It does so only where the thread that
+// faulted is pinned to CPUs that the handler may not use (else the two would
+// compete, or be kept from sharing a CPU, where a wake-up costs a third), and
+// where it has paid lately. That takes UFFD_FEATURE_THREAD_ID and Linux 6.10.
 
 // Stats of a Server: counts and bytes since it was started.
 type Stats struct {
@@ -69,6 +75,7 @@ type Server struct {
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
 	stopping atomic.Bool
+	polling  atomic.Bool // some handler polls
 	handlers []*worker
 	threads  sync.WaitGroup // handlers, copiers and the watchdog
 	closing  sync.Once
@@ -97,6 +104,10 @@ type worker struct {
 	buf   []byte
 	tid   atomic.Int64
 	done  chan struct{}
+
+	misses int    // polls in vain since the last that paid
+	ptid   uint32 // of the thread whose fault was the last
+	apart  bool   // that thread cannot run on the CPUs of this one
 }
 
 type job struct {
@@ -195,6 +206,11 @@ func (s *Server) start() error {
 		}
 		workers = append(workers, w)
 	}
+	// A handler that sleeps in read(2) keeps its P until the runtime takes it away,
+	// after 20 us to 10 ms: leave others for who it has given work to.
+	if n := o.Handlers + min(copiers, 2) + 1; runtime.GOMAXPROCS(0) < n {
+		runtime.GOMAXPROCS(n)
+	}
 	s.handlers = workers[:o.Handlers]
 	for i, w := range workers {
 		if i < o.Handlers {
@@ -248,7 +264,7 @@ func (s *Server) handle(w *worker) {
 	defer unix.Munmap(w.buf)
 	var msg Msg
 	for !s.stopping.Load() {
-		switch e := s.nextEvent(&msg); e {
+		switch e := s.nextEvent(w, &msg); e {
 		case 0:
 			if msg.Event == UFFD_EVENT_PAGEFAULT {
 				s.fault(w, &msg)
@@ -267,19 +283,15 @@ func (s *Server) handle(w *worker) {
 
 const rwfNowait = 8 // RWF_NOWAIT
 
-func (s *Server) nextEvent(msg *Msg) unix.Errno {
-	if s.o.Poll > 0 {
-		iov := unix.Iovec{Base: (*byte)(unsafe.Pointer(msg)), Len: uint64(unsafe.Sizeof(*msg))}
-		for end := time.Now().Add(s.o.Poll); ; {
-			// Offset -1: like read(2). EOPNOTSUPP before Linux 6.10: no polling.
-			_, _, e := unix.RawSyscall6(unix.SYS_PREADV2, uintptr(s.fd), uintptr(unsafe.Pointer(&iov)), 1, ^uintptr(0), ^uintptr(0), rwfNowait)
-			if e != unix.EAGAIN && e != unix.EOPNOTSUPP {
-				return e
-			}
-			if e == unix.EOPNOTSUPP || s.stopping.Load() || time.Now().After(end) {
-				break
-			}
+// nextEvent waits for the next event: by polling for up to o.Poll where that
+// has paid lately, one handler at a time, then asleep.
+func (s *Server) nextEvent(w *worker, msg *Msg) unix.Errno {
+	if w.misses < pollMisses || w.misses%pollRetry == 0 {
+		if e := s.poll(w, msg); e != unix.EAGAIN {
+			return e
 		}
+	} else {
+		w.misses++
 	}
 	n, _, e := unix.Syscall(unix.SYS_READ, uintptr(s.fd), uintptr(unsafe.Pointer(msg)), unsafe.Sizeof(*msg))
 	if e == 0 && n != unsafe.Sizeof(*msg) {
@@ -288,9 +300,49 @@ func (s *Server) nextEvent(msg *Msg) unix.Errno {
 	return e
 }
 
+// After pollMisses polls in vain, a handler polls before each pollRetry-th event only.
+const pollMisses, pollRetry = 4, 32
+
+func (s *Server) poll(w *worker, msg *Msg) unix.Errno {
+	if s.o.Poll <= 0 || !w.apart || !s.polling.CompareAndSwap(false, true) {
+		return unix.EAGAIN
+	}
+	defer s.polling.Store(false)
+	w.misses++
+	iov := unix.Iovec{Base: (*byte)(unsafe.Pointer(msg)), Len: uint64(unsafe.Sizeof(*msg))}
+	for end := time.Now().Add(s.o.Poll); ; {
+		// Offset -1: like read(2). EOPNOTSUPP before Linux 6.10: no polling.
+		n, _, e := unix.RawSyscall6(unix.SYS_PREADV2, uintptr(s.fd), uintptr(unsafe.Pointer(&iov)), 1, ^uintptr(0), ^uintptr(0), rwfNowait)
+		switch {
+		case e == 0 && n == unsafe.Sizeof(*msg):
+			w.misses = 0
+			return 0
+		case e != unix.EAGAIN || s.stopping.Load() || time.Now().After(end):
+			return unix.EAGAIN // the blocking read finds out what it is
+		}
+	}
+}
+
+// apart reports whether thread tid may not run on any CPU that this one may.
+func apart(tid int) bool {
+	var theirs, ours unix.CPUSet
+	if tid == 0 || unix.SchedGetaffinity(tid, &theirs) != nil || unix.SchedGetaffinity(0, &ours) != nil {
+		return false
+	}
+	for i := range theirs {
+		if theirs[i]&ours[i] != 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // fault answers one event.
 func (s *Server) fault(w *worker, msg *Msg) {
 	s.faults.Add(1)
+	if s.o.Poll > 0 && msg.Ptid != w.ptid {
+		w.ptid, w.apart = msg.Ptid, apart(int(msg.Ptid))
+	}
 	off := int64(uintptr(msg.Address)-s.base) &^ (s.page - 1)
 	if off < 0 || off >= s.length {
 		s.fail(fmt.Errorf("fault at %#x outside of the mapping at %#x: %w", msg.Address, s.base, region.ErrOutOfRange))
