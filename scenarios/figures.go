@@ -27,15 +27,15 @@ func Figures() []Figure {
 		{Key: "userfaultfd", Label: "userfaultfd", Thesis: "userfaultfd"},
 		{Key: "direct-mount", Label: "direct mount", Thesis: "direct"},
 		{Key: "managed-mount", Label: "managed mount", Thesis: "managed"},
-		{Key: "memory", Label: "memory (baseline)"},
-		{Key: "disk", Label: "disk (baseline)"},
+		{Key: "memory", Label: "memory (baseline)", Baseline: true},
+		{Key: "disk", Label: "disk (baseline)", Baseline: true},
 	}
 	rtt := results.Axis{Column: "rtt_ms", Position: "rtt_measured_ms", Label: "RTT", Unit: "ms"}
 	return []Figure{
 		{
 			Spec: results.FigureSpec{
 				Name: "latency-first-chunk-rttvar-1", Title: "First-chunk latency by RTT", Kind: results.FigureLine,
-				X: rtt, Y: results.Axis{Column: "latency_first_chunk", Label: "First-chunk latency", Unit: "ms", Scale: 1e3, Log: true},
+				X: rtt, Y: results.Axis{Column: "latency_first_chunk", Label: "First-chunk latency", Unit: "ms", Scale: 1e3},
 				Keys: []string{"strategy"}, Series: series, Thesis: "latency-first-chunk-rttvar-1",
 				Note: "One load of the second page after open. The thesis: a pause before each backend call, mean of 5 runs.",
 			},

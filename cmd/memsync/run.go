@@ -252,7 +252,9 @@ func finishManifest(dir string, r *scenarios.Runner) error {
 // show draws the figures of a result folder and prints the table.
 func show(s *state, dir string, figures []scenarios.Figure, variants []string) error {
 	rows, err := results.Read(dir)
-	if err != nil {
+	if errors.Is(err, results.ErrUnclosed) {
+		fmt.Fprintln(s.stderr, "memsync:", err)
+	} else if err != nil {
 		return err
 	}
 	for _, f := range figures {

@@ -17,7 +17,12 @@ func printFigure(s *state, spec results.FigureSpec, variant string, rows []resul
 	slices.SortStableFunc(rows, func(a, b results.Row) int {
 		return cmp.Or(cmp.Compare(seriesIndex(spec, a), seriesIndex(spec, b)), cmp.Compare(a.RTTms, b.RTTms))
 	})
-	t, err := table.FromRows(rows, append(append([]string{}, spec.Keys...), spec.X.Column, "shaper"), []string{spec.Y.Column})
+	labels := slices.Clone(spec.Keys)
+	if spec.X.Column != "" {
+		labels = append(labels, spec.X.Column)
+	}
+	labels = append(labels, "shaper")
+	t, err := table.FromRows(rows, labels, []string{spec.Y.Column})
 	if err != nil {
 		return err
 	}
