@@ -348,8 +348,16 @@ func TestHolesDoNotCrossTheWire(t *testing.T) {
 
 // A request whose context ends must end alone, at once, and for good.
 func TestCancel(t *testing.T) {
-	gate := make(chan struct{})
-	store := gated{newRAM(1<<20, 1), gate}
+	gate, entered := make(chan struct{}), make(chan struct{}, 100)
+	store := gated{newRAM(1<<20, 1), gate, entered}
+	pass := func() {
+		t.Helper()
+		select {
+		case gate <- struct{}{}:
+		case <-time.After(10 * time.Second):
+			t.Fatal("no read at the store")
+		}
+	}
 	for name, link := range links(t, transport.One{Store: store}) {
 		t.Run(name, func(t *testing.T) {
 			tr, d := link()
@@ -396,17 +404,25 @@ func TestCancel(t *testing.T) {
 				case <-time.After(5 * time.Second):
 					t.Error("cancelled read hangs")
 				}
-				gate <- struct{}{}
-				gate <- struct{}{}
+				pass()
+				pass()
 				wg.Wait()
+				<-entered
+				<-entered
 			}
 			// A late reply without anybody waiting is read all the same.
-			ctx, cancel := context.WithTimeout(base, 10*time.Millisecond)
-			defer cancel()
-			if err := c.ReadAt(ctx, make([]byte, 4096), 0); !errors.Is(err, context.DeadlineExceeded) {
+			ctx, cancel := context.WithCancel(base)
+			go func() {
+				defer cancel()
+				select {
+				case <-entered:
+				case <-base.Done():
+				}
+			}()
+			if err := c.ReadAt(ctx, make([]byte, 4096), 0); !errors.Is(err, context.Canceled) {
 				t.Error(err)
 			}
-			gate <- struct{}{}
+			pass()
 			waitFor(t, "late reply read", func() bool { c.conns[0].mu.Lock(); defer c.conns[0].mu.Unlock(); return len(c.conns[0].pending) == 0 })
 			ctx, cancel2 := context.WithCancel(base)
 			cancel2()
@@ -420,10 +436,15 @@ func TestCancel(t *testing.T) {
 // gated answers one read for each token.
 type gated struct {
 	*ram
-	gate chan struct{}
+	gate    chan struct{}
+	entered chan struct{}
 }
 
 func (g gated) ReadAt(ctx context.Context, p []byte, off int64) error {
+	select {
+	case g.entered <- struct{}{}:
+	default:
+	}
 	select {
 	case <-g.gate:
 	case <-ctx.Done():
@@ -444,7 +465,7 @@ func waitFor(t testing.TB, what string, f func() bool) {
 }
 
 func TestConnectionLost(t *testing.T) {
-	store := gated{newRAM(1<<20, 1), make(chan struct{})}
+	store := gated{newRAM(1<<20, 1), make(chan struct{}), nil}
 	s := serve(t, &Transport{}, transport.One{Store: store})
 	var mu sync.Mutex
 	var relays []net.Conn
@@ -500,7 +521,7 @@ func TestOneConnectionLost(t *testing.T) {
 }
 
 func TestCloseEndsRequests(t *testing.T) {
-	store := gated{newRAM(1<<20, 1), make(chan struct{})}
+	store := gated{newRAM(1<<20, 1), make(chan struct{}), nil}
 	c := open(t, &Transport{}, serve(t, &Transport{}, transport.One{Store: store}), transport.Options{})
 	errs := make(chan error, 2)
 	for range 2 {

@@ -131,6 +131,7 @@ func (l *link) enterTransmission(interruptible bool) error {
 		// Not unix.Read or Writev: they tell the race detector of an access,
 		// but a view of memory that is being served may change at any time.
 		r, _, errno := unix.Syscall6(unix.SYS_RECVFROM, fd, uintptr(unsafe.Pointer(unsafe.SliceData(l.readTo))), uintptr(len(l.readTo)), uintptr(l.readFlags), 0, 0)
+		afterReceive()
 		l.readN, l.readErr = int(r), errno
 		return true
 	}
@@ -142,6 +143,7 @@ func (l *link) enterTransmission(interruptible bool) error {
 	l.writeFn = func(fd uintptr) bool {
 		l.msg = unix.Msghdr{Iov: unsafe.SliceData(l.iov)}
 		l.msg.SetIovlen(len(l.iov))
+		beforeSend()
 		r, _, errno := unix.Syscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&l.msg)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 		l.writeN, l.writeErr = int(r), errno
 		return true
