@@ -6,13 +6,14 @@ import (
 	"github.com/spf13/cobra"
 
 	"memsync/scenarios"
+	"memsync/scenarios/lab"
 )
 
 func newCleanCmd(s *state) *cobra.Command {
 	return &cobra.Command{
 		Use:   "clean",
 		Short: "Remove what a killed run left behind",
-		Long: `Removes scratch folders, and mounts below them, whose memsync is gone. Nothing
+		Long: `Removes scratch folders, mounts below them, and work folders of lab kernels whose memsync is gone. Nothing
 else can be left: network namespaces, their devices, processes and most mounts
 end with the process that made them, by the kernel's doing (docs/architecture.md).
 What belongs to a running memsync is not touched.`,
@@ -20,6 +21,7 @@ What belongs to a running memsync is not touched.`,
 		Args:    cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
 			removed, err := scenarios.CleanScratch()
+			removed = append(removed, lab.Clean()...)
 			for _, dir := range removed {
 				fmt.Fprintln(s.stdout, "removed", dir)
 			}

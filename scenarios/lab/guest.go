@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"sync"
@@ -26,11 +27,11 @@ func Main(args []string) (code int, ok bool) {
 	}
 	switch args[0] {
 	case "lab-init":
-		if os.Getpid() != 1 || len(args) < 3 { // the kernel appends arguments of its own
+		if os.Getpid() != 1 || len(args) < 2 { // the kernel appends arguments of its own
 			fmt.Fprintln(os.Stderr, "memsync: lab-init is for the lab kernel")
 			return 6, true
 		}
-		guestInit(args[1], args[2])
+		guestInit(args[1])
 		return 1, true
 	case "lab-modprobe":
 		if err := modprobe(args[1:]); err != nil {
@@ -52,16 +53,17 @@ func preload() []string {
 }
 
 // guestInit is process 1. It ends by switching the machine off.
-func guestInit(work, modules string) {
+func guestInit(work string) {
 	debug.SetGCPercent(-1) // a few MB at most; collecting costs page faults
-	err := guestMain(work, modules)
+	runtime.GOMAXPROCS(4)  // on the one CPU: the scheduler needs 10 ms to take a blocked thread's turn away
+	err := guestMain(work)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "lab-init:", err) // the console, which the host shows
 	}
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 }
 
-func guestMain(work, modules string) error {
+func guestMain(work string) error {
 	if err := mountAll(); err != nil {
 		return err
 	}
@@ -69,16 +71,16 @@ func guestMain(work, modules string) error {
 	if err != nil {
 		return err
 	}
-	g := &guest{line: line, input: make(chan []byte, stdinWindow), pid: make(chan int, 1)}
+	g := &guest{line: line, input: make(chan []byte, inputWindow+1), pid: make(chan int, 1)}
 	if err := g.send(frameReady, nil); err != nil {
 		return fmt.Errorf("greet the host: %w", err)
 	}
-	if err := configure(work, modules); err != nil {
+	r := newFrameReader(line)
+	s, err := g.readSpec(r)
+	if err != nil {
 		return err
 	}
-	r := newFrameReader(line)
-	s, err := readSpec(r)
-	if err != nil {
+	if err := configure(work, s.Modules); err != nil {
 		return err
 	}
 	status, err := g.run(s, r)
@@ -125,7 +127,8 @@ func mountAll() error {
 
 // openLine opens a serial line that passes bytes unchanged.
 func openLine(path string) (*os.File, error) {
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	// Non-blocking: a goroutine that waits in the poller holds up no other.
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
@@ -191,7 +194,7 @@ func linkUp(name string) error {
 	return nil
 }
 
-func readSpec(r *frameReader) (spec, error) {
+func (g *guest) readSpec(r *frameReader) (spec, error) {
 	var b []byte
 	for {
 		kind, p, err := r.next()
@@ -204,6 +207,9 @@ func readSpec(r *frameReader) (spec, error) {
 			return decodeSpec(b)
 		default:
 			b = append(b, p...)
+			if err := g.send(frameCredit, encodeInt(len(p))); err != nil {
+				return spec{}, err
+			}
 		}
 	}
 }

@@ -171,7 +171,7 @@ func (k *Kernel) boot(ctx context.Context, c Command, work, cpu string) (int, er
 		// Nine tenths of the boot are spent on timing RAID-6 routines for btrfs,
 		// and on timing a delay loop that nothing here depends on.
 		"initcall_blacklist=raid6_init,init_btrfs_fs", "lpj=30000000",
-		"--", "lab-init", work, filepath.Join(k.Dir, "modules", k.Release))
+		"--", "lab-init", work)
 	uml.Dir = k.Dir // the program names its loader relative to this
 	uml.Env = []string{"LD_LIBRARY_PATH=lib", "TMPDIR=" + memoryFolder(work, c.Memory), "HOME=" + work, "PATH=/usr/bin:/bin"}
 	uml.Stdout, uml.Stderr = messages, messages
@@ -207,7 +207,7 @@ func (k *Kernel) boot(ctx context.Context, c Command, work, cpu string) (int, er
 	_ = theirs.Close()
 	kill := func() { _ = unix.Kill(-uml.Process.Pid, unix.SIGKILL) }
 
-	s := &session{line: line, c: c, credit: make(chan int, stdinWindow), stop: make(chan struct{})}
+	s := &session{line: line, c: c, modules: filepath.Join(k.Dir, "modules", k.Release), credit: make(chan int, inputWindow), stop: make(chan struct{})}
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -254,9 +254,10 @@ func (k *Kernel) boot(ctx context.Context, c Command, work, cpu string) (int, er
 
 // session is the host's end of the line to the guest's init.
 type session struct {
-	line  net.Conn
-	write sync.Mutex
-	c     Command
+	line    net.Conn
+	write   sync.Mutex
+	c       Command
+	modules string // their folder
 
 	// Set by serve, read after it returned.
 	ready, done bool
@@ -286,17 +287,18 @@ func (s *session) serve(work string) {
 		switch kind {
 		case frameReady:
 			s.ready = true
-			p := spec{Args: s.c.Args, Env: s.c.Env, Dir: s.c.Dir, Work: work}.encode()
-			if s.send(frameSpec, p) != nil || s.send(frameSpec, nil) != nil {
-				return
-			}
-			go s.feed()
+			go s.feed(spec{Args: s.c.Args, Env: s.c.Env, Dir: s.c.Dir, Work: work, Modules: s.modules}.encode())
 		case frameStdout:
 			s.copy(s.c.Stdout, p)
 		case frameStderr:
 			s.copy(s.c.Stderr, p)
 		case frameCredit:
-			s.credit <- decodeInt(p)
+			select {
+			case s.credit <- decodeInt(p):
+			default: // more credits than bytes sent: not our guest
+				s.err = fmt.Errorf("%w: it acknowledges what was not sent", ErrKernel)
+				return
+			}
 		case frameFailed:
 			s.err = fmt.Errorf("start %q in the lab: %s", s.c.Args[0], p)
 			return
@@ -313,39 +315,48 @@ func (s *session) copy(w io.Writer, p []byte) {
 	if w == nil {
 		return
 	}
-	if _, err := w.Write(p); err != nil && s.err == nil {
-		s.err = fmt.Errorf("pass on the command's output: %w", err)
+	_, err := w.Write(p)
+	if errors.Is(err, unix.EPIPE) {
 		s.signal(unix.SIGPIPE)
+	} else if err != nil && s.err == nil {
+		s.err = fmt.Errorf("pass on the command's output: %w", err)
+		s.signal(unix.SIGTERM)
 	}
 }
 
-// feed sends standard input, never more than the guest has room for, so that a
-// signal is not stuck behind input that the command does not read.
-func (s *session) feed() {
-	if s.c.Stdin != nil {
-		buf := make([]byte, maxFrame)
-		for room := stdinWindow; ; {
+// feed sends the command, then standard input, never more than the guest has
+// room for, so that a signal is not stuck behind input that nobody reads.
+func (s *session) feed(command []byte) {
+	room := inputWindow
+	pass := func(kind byte, r io.Reader) (ok bool) {
+		buf := make([]byte, inputFrame)
+		for {
 			for room < len(buf) {
 				select {
 				case n := <-s.credit:
 					room += n
 				case <-s.stop:
-					return
+					return false
 				}
 			}
-			n, err := s.c.Stdin.Read(buf)
-			if n > 0 {
-				room -= n
-				if s.send(frameStdin, buf[:n]) != nil {
-					return
-				}
+			n, err := r.Read(buf)
+			if n > 0 && s.send(kind, buf[:n]) != nil {
+				return false
 			}
+			room -= n
 			if err != nil {
-				break
+				return s.send(kind, nil) == nil
 			}
 		}
 	}
-	_ = s.send(frameStdin, nil)
+	if !pass(frameSpec, bytes.NewReader(command)) {
+		return
+	}
+	if s.c.Stdin == nil {
+		_ = s.send(frameStdin, nil)
+		return
+	}
+	pass(frameStdin, s.c.Stdin)
 }
 
 // tail keeps the last bytes written to it.

@@ -15,15 +15,20 @@ const (
 	frameReady  = 'r' // guest: the kernel has booted
 	frameSpec   = 'c' // host: the command, in several frames; an empty one ends it
 	frameStdin  = 'i' // host: standard input; an empty one is its end
-	frameCredit = 'w' // guest: that many bytes of input were taken (4 bytes)
+	frameCredit = 'w' // guest: that many bytes of the command or of input were taken (4 bytes)
 	frameSignal = 's' // host: send the command's process group this signal (1 byte)
 	frameStdout = 'o' // guest
 	frameStderr = 'e' // guest
 	frameFailed = 'f' // guest: the command could not be set up: why
 	frameExit   = 'x' // guest: exit status (4 bytes); files are written back
 
-	maxFrame    = 4096
-	stdinWindow = 16 * maxFrame // bytes of input that the guest buffers
+	maxFrame = 4096
+
+	// The guest's serial driver is slow to recover once its line discipline's
+	// buffer (4096 bytes) is full: of the frames that may be long, the host
+	// keeps less than that in flight and leaves room for signals.
+	inputFrame  = 1 << 10
+	inputWindow = 3 << 10
 )
 
 // writeFrame writes p as one frame, or as several if it is long, in one call:
@@ -78,13 +83,13 @@ func decodeInt(p []byte) int {
 // spec is the command as it crosses the line: it holds the environment, which
 // may hold secrets, and so is never written to a file.
 type spec struct {
-	Args, Env []string
-	Dir, Work string
+	Args, Env          []string
+	Dir, Work, Modules string
 }
 
 func (s spec) encode() []byte {
 	var b bytes.Buffer
-	for _, list := range [][]string{{s.Dir, s.Work}, s.Args, s.Env} {
+	for _, list := range [][]string{{s.Dir, s.Work, s.Modules}, s.Args, s.Env} {
 		b.Write(encodeInt(len(list)))
 		for _, v := range list {
 			b.Write(encodeInt(len(v)))
@@ -119,11 +124,11 @@ func decodeSpec(b []byte) (s spec, err error) {
 	}
 	head := list()
 	s.Args, s.Env = list(), list()
-	if err == nil && (len(head) != 2 || len(s.Args) == 0 || r.Len() != 0) {
+	if err == nil && (len(head) != 3 || len(s.Args) == 0 || r.Len() != 0) {
 		err = fmt.Errorf("command of %d bytes: %d folders, %d arguments, %d bytes left over", len(b), len(head), len(s.Args), r.Len())
 	}
 	if err == nil {
-		s.Dir, s.Work = head[0], head[1]
+		s.Dir, s.Work, s.Modules = head[0], head[1], head[2]
 	}
 	return s, err
 }

@@ -72,27 +72,22 @@ func Stale() []string { return eachStale(func(string) error { return nil }) }
 func Clean() []string { return eachStale(os.RemoveAll) }
 
 func eachStale(f func(dir string) error) (done []string) {
-	for _, parent := range []string{workParent(), "/tmp"} {
-		entries, _ := os.ReadDir(parent)
-		for _, e := range entries {
-			dir := filepath.Join(parent, e.Name())
-			var st unix.Stat_t
-			if !strings.HasPrefix(e.Name(), workPrefix) || unix.Lstat(dir, &st) != nil ||
-				st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Getuid() {
-				continue
-			}
-			lock, err := lockFolder(dir)
-			if err != nil {
-				continue
-			}
-			if f(dir) == nil {
-				done = append(done, dir)
-			}
-			_ = lock.Close()
+	entries, _ := os.ReadDir(workParent())
+	for _, e := range entries {
+		dir := filepath.Join(workParent(), e.Name())
+		var st unix.Stat_t
+		if !strings.HasPrefix(e.Name(), workPrefix) || unix.Lstat(dir, &st) != nil ||
+			st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != os.Getuid() {
+			continue
 		}
-		if parent == "/tmp" {
-			break
+		lock, err := lockFolder(dir)
+		if err != nil {
+			continue
 		}
+		if f(dir) == nil {
+			done = append(done, dir)
+		}
+		_ = lock.Close()
 	}
 	return done
 }

@@ -271,7 +271,13 @@ func ioUring() (string, error) {
 }
 
 func uffdProbe(name, kernel string, try func() error) Probe {
-	return Probe{Name: name, Kernel: kernel, Remedy: uffdRemedy, Try: func() (string, error) { return "", try() }}
+	return Probe{Name: name, Kernel: kernel, Remedy: uffdRemedy, Try: func() (string, error) {
+		err := try()
+		if errors.Is(err, region.ErrNotSupported) {
+			err = Mend(err, "") // no sysctl gives an old kernel the feature
+		}
+		return "", err
+	}}
 }
 
 func uffdFeatures() (string, error) {
