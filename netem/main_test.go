@@ -100,7 +100,8 @@ func open(t *testing.T, s Shaper, p Profile, o Options) *Link {
 }
 
 // shaping are the shapers that a test of shaping runs on. In the lab kernel a system
-// call costs 8 us, so the userspace shaper is left to the machine's own.
+// call costs 8 us and there is one CPU, so the userspace shaper is left to the
+// machine's own.
 func shaping() []Shaper {
 	if inLab() {
 		return []Shaper{ShaperNetem}
@@ -143,7 +144,7 @@ func hold() error {
 		fmt.Printf("net:[%d]\n", st.Ino)
 	}
 	fmt.Println("ready")
-	select {}
+	return unix.Pause()
 }
 
 // unprivileged is what a user who is root of nothing but a user namespace can do.
