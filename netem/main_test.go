@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"syscall"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
@@ -107,6 +108,45 @@ func shaping() []Shaper {
 		return []Shaper{ShaperNetem}
 	}
 	return []Shaper{ShaperNetem, ShaperTun}
+}
+
+// steady runs a check that depends on time until it passes, at most four times. Where
+// it fails although this machine was quiet, the test fails; where every failure saw
+// a plain sleep of 1 ms end 3 ms late or more, the machine was too busy to tell, and
+// the test is skipped with those numbers.
+func steady(t *testing.T, check func() error) {
+	t.Helper()
+	const late = 3 * time.Millisecond
+	var err error
+	var worst time.Duration
+	for range 4 {
+		stop, found := make(chan struct{}), make(chan time.Duration)
+		locked(func() bool { found <- latest(stop); return true })
+		err = check()
+		close(stop)
+		if worst = <-found; err == nil {
+			return
+		}
+		t.Logf("sleeps ended up to %v late: %v", worst, err)
+		if worst < late {
+			t.Fatal(err)
+		}
+	}
+	t.Skipf("machine too busy: a sleep of 1 ms ended %v late; then: %v", worst, err)
+}
+
+// latest sleeps for 1 ms again and again, and returns by how much the worst was late.
+func latest(stop chan struct{}) (worst time.Duration) {
+	for {
+		select {
+		case <-stop:
+			return worst
+		default:
+		}
+		began, ts := time.Now(), unix.NsecToTimespec(int64(time.Millisecond))
+		_, _ = unix.Ppoll(nil, &ts, nil)
+		worst = max(worst, time.Since(began)-time.Millisecond)
+	}
 }
 
 func seed(t *testing.T) uint64 {
