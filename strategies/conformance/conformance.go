@@ -233,9 +233,7 @@ func held(t *testing.T) map[string]int {
 	}
 	for _, fd := range fds {
 		if to, err := os.Readlink("/proc/self/fd/" + fd.Name()); err == nil {
-			if i := strings.Index(to, ":["); i > 0 { // socket:[1234]
-				to = to[:i]
-			}
+			to = strings.TrimRight(to, "0123456789]") // socket:[1234]
 			h["descriptor of "+to]++
 		}
 	}

@@ -280,7 +280,8 @@ func startToucher() (_ *toucher, err error) {
 	// The runtime preempts a thread that waits in a page fault with SIGURG, every
 	// 10 ms; a fault that is interrupted is taken again from the start instead of
 	// ending in SIGBUS, so that a device's error would never be seen (Linux 6.18, FUSE).
-	c.Env = append(c.Env, "GODEBUG=asyncpreemptoff=1")
+	c.Env = append(c.Env, "GODEBUG=asyncpreemptoff=1",
+		"GORACE=atexit_sleep_ms=0") // else each process ends a second late under -race
 	if err := c.Start(); err != nil {
 		return nil, err
 	}
