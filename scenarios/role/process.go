@@ -146,9 +146,9 @@ func Start(ctx context.Context, role, cpus string, ns starter) (*Process, error)
 		return nil, fmt.Errorf("start %s: %w", role, err)
 	}
 	mine, theirs := os.NewFile(uintptr(pair[0]), "role"), os.NewFile(uintptr(pair[1]), "role")
-	defer theirs.Close()
 	conn, err := newConn(mine, role)
 	if err != nil {
+		theirs.Close()
 		return nil, err
 	}
 	args := []string{"role", role}
@@ -167,6 +167,7 @@ func Start(ctx context.Context, role, cpus string, ns starter) (*Process, error)
 	} else {
 		err = ns.Start(p.cmd)
 	}
+	theirs.Close() // else a role that dies would not close the connection
 	if err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("start %s: %w", role, err)
