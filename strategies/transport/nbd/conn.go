@@ -245,6 +245,7 @@ func (c *conn) leave(k *call, err error, unsent bool) error {
 	}
 	if unsent {
 		c.finish(k)
+		k.buf = nil
 		return err
 	}
 	c.unload(k)
@@ -257,6 +258,9 @@ func (c *conn) leave(k *call, err error, unsent bool) error {
 
 // finish takes k off the list and wakes its caller. Under rd and mu.
 func (c *conn) finish(k *call) {
+	if k.over.Load() {
+		return // a server may answer what was registered but never sent
+	}
 	delete(c.pending, k.req.cookie)
 	if k.abandoned {
 		c.abandoned--
@@ -436,6 +440,12 @@ func (c *conn) fail(err error) {
 // process handles all that can be read without waiting, or up to the end of
 // own's reply. Under rd.
 func (c *conn) process(own *call) error {
+	c.mu.Lock()
+	err := c.err // the requests have ended: their buffers are no longer ours
+	c.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	for {
 		var err error
 		switch {

@@ -475,18 +475,18 @@ func (s *session) status(ctx context.Context, r request) error {
 			ext = e
 		}
 	}
-	if r.flags&cmdFlagReqOne != 0 {
-		ext = ext[:1]
-	}
 	ext = ext[:min(len(ext), maxExtents)]
 	var body []byte
-	left := r.length
-	for _, e := range ext {
-		n := min(uint64(max(e.Length, 0)), left)
-		if s.style != extended {
-			n = min(n, 1<<32-1&^(1<<16-1)) // whole blocks that 32 bits can hold
+	for i, left := 0, int64(r.length); i < len(ext) && left > 0; {
+		e := ext[i]
+		for i++; i < len(ext) && ext[i].Hole == e.Hole && ext[i].Zero == e.Zero; i++ {
+			e.Length += ext[i].Length
 		}
-		if n == 0 {
+		n := min(e.Length, left)
+		if s.style != extended {
+			n = min(n, 1<<32-1<<16) // whole blocks that 32 bits can hold
+		}
+		if n <= 0 {
 			break
 		}
 		flags := uint64(0)
@@ -497,11 +497,11 @@ func (s *session) status(ctx context.Context, r request) error {
 			flags |= stateZero
 		}
 		if s.style == extended {
-			body = be.AppendUint64(be.AppendUint64(body, n), flags)
+			body = be.AppendUint64(be.AppendUint64(body, uint64(n)), flags)
 		} else {
 			body = be.AppendUint32(be.AppendUint32(body, uint32(n)), uint32(flags))
 		}
-		if left -= n; n < uint64(e.Length) {
+		if left -= n; n < e.Length || r.flags&cmdFlagReqOne != 0 {
 			break
 		}
 	}

@@ -1,9 +1,9 @@
 package nbd
 
 import (
+	"bytes"
 	"context"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"time"
 
@@ -67,7 +67,6 @@ type slow struct {
 	optMu   sync.Mutex
 	trimmed []span
 	cached  []span
-	holes   []span // sorted; reads as zeroes there
 }
 
 func (s *slow) pause(ctx context.Context) error {
@@ -112,7 +111,8 @@ func (s *slow) Cache(_ context.Context, off, n int64) error {
 	return nil
 }
 
-// sparse is slow with holes of 64 KiB at every odd multiple of that.
+// sparse is slow with holes, at first at every odd multiple of 64 KiB. An
+// aligned 64 KiB of zeroes is a hole.
 type sparse struct{ *slow }
 
 const hole = 64 << 10
@@ -129,14 +129,18 @@ func (s *sparse) Extents(_ context.Context, off, n int64) ([]region.Extent, erro
 	if err := region.CheckRange(off, n, s.Size()); err != nil {
 		return nil, err
 	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
 	var ext []region.Extent
+	zeroes := make([]byte, hole)
 	for n > 0 {
 		k := min(n, hole-off%hole)
-		h := off/hole%2 == 1 && off/hole*hole+hole <= s.Size()
+		start := off / hole * hole
+		h := start+hole <= s.Size() && bytes.Equal(s.b[start:start+hole], zeroes)
 		ext = append(ext, region.Extent{Length: k, Hole: h, Zero: h})
 		off, n = off+k, n-k
 	}
-	return slices.Clip(ext), nil
+	return ext, nil
 }
 
 func (s *sparse) WriteZeroes(_ context.Context, off, n int64, _ bool) error {
