@@ -436,15 +436,24 @@ func (l *Link) drain(ctx context.Context, queued time.Duration) error {
 	return newPacer().until(ctx, queued+l.profile.RTT/2+2*l.profile.Jitter)
 }
 
-// measureGoodput runs one TCP stream for a moment and takes its second half.
+// measureGoodput runs one TCP stream for a moment.
 func (l *Link) measureGoodput(ctx context.Context) (float64, error) {
-	length := min(100*time.Millisecond+14*l.profile.RTT, 1500*time.Millisecond)
+	bits, err := l.stream(ctx, min(100*time.Millisecond+14*l.profile.RTT, 1500*time.Millisecond))
+	if err != nil {
+		return 0, fmt.Errorf("goodput: %w", err)
+	}
+	return bits, l.drain(ctx, time.Duration(serialisation(l.profile.Queue(), l.profile.Rate))*5/4)
+}
+
+// stream sends over one TCP connection for the length given and returns the bit/s of
+// the second half; 0 where no connection comes about, as where everything is lost.
+func (l *Link) stream(ctx context.Context, length time.Duration) (float64, error) {
 	limit := length + 2*l.profile.RTT + 10*l.profile.Jitter + time.Second
 	dialCtx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	ln, err := l.dst.Listen(ctx, "tcp", ":0")
 	if err != nil {
-		return 0, fmt.Errorf("goodput: %w", err)
+		return 0, err
 	}
 	defer ln.Close()
 	tx, err := l.src.Dial(dialCtx, "tcp", ln.Addr().String())
@@ -452,10 +461,9 @@ func (l *Link) measureGoodput(ctx context.Context) (float64, error) {
 		if ctx.Err() != nil {
 			return 0, ctx.Err()
 		}
-		return 0, nil // a link that loses everything; recorded as 0
+		return 0, nil
 	}
 	defer tx.Close()
-	// Accept returns at once: the connection is complete on that side soon after.
 	if d, ok := ln.(*net.TCPListener); ok {
 		_ = d.SetDeadline(time.Now().Add(limit))
 	}
@@ -469,7 +477,10 @@ func (l *Link) measureGoodput(ctx context.Context) (float64, error) {
 	deadline := time.Now().Add(length)
 	_ = tx.SetDeadline(deadline)
 	_ = rx.SetDeadline(deadline)
+	written := make(chan struct{})
+	defer func() { tx.Close(); <-written }()
 	go func() {
+		defer close(written)
 		b := make([]byte, 256<<10)
 		for {
 			if _, err := tx.Write(b); err != nil {
@@ -502,9 +513,6 @@ func (l *Link) measureGoodput(ctx context.Context) (float64, error) {
 		_ = t.SetLinger(0)
 	}
 	tx.Close()
-	if err := l.drain(ctx, time.Duration(serialisation(l.profile.Queue(), l.profile.Rate))*5/4); err != nil {
-		return 0, err
-	}
 	if bytes == 0 || !last.After(from) {
 		return 0, nil
 	}

@@ -28,6 +28,16 @@
 // A link needs CAP_SYS_ADMIN and CAP_NET_ADMIN in the current user namespace, so
 // root inside a user namespace is enough where the kernel allows those.
 //
+// # Large segments
+//
+// A TCP stack hands over up to 64 KiB at once (GSO), and only the receiver's counts
+// show packets. Where the rate is limited a large segment is kept short, so that it
+// takes no longer than 0.1 ms on the link. The tun shaper accounts for every packet
+// in it: each is lost, queued or passed by itself. sch_netem counts one large segment
+// as one packet, so there the limit is in such segments, and with loss TCP is held to
+// single packets. What this does not reach is UDP_SEGMENT (QUIC) over netem: it is
+// lost, and counted against the limit, by the batch.
+//
 // # What the shapers have in common
 //
 // Loss, drawn for each MTU packet, comes before the queue; the queue is bounded in
@@ -38,7 +48,7 @@
 // the effective delay tend to the upper end of the jitter, in both shapers.
 //
 // Sources: tc-netem(8); linux Documentation/networking/tuntap.rst;
-// include/uapi/linux/virtio_net.h; namespaces(7), network_namespaces(7). Linux 4.15
+// include/uapi/linux/virtio_net.h; net/sched/sch_netem.c; namespaces(7), network_namespaces(7). Linux 4.15
 // or later (64-bit netem times).
 package netem
 

@@ -15,12 +15,15 @@ import (
 // Evidence is what was read back from the kernel after everything was set, for the
 // manifest of a sweep.
 type Evidence struct {
-	Shaper      Shaper      `json:"shaper"`
-	Profile     Profile     `json:"profile"`
-	Options     Options     `json:"options"`
-	Kernel      string      `json:"kernel"`
-	BDP         int64       `json:"bdp_bytes"`
-	QueueBytes  int64       `json:"queue_bytes"`
+	Shaper     Shaper  `json:"shaper"`
+	Profile    Profile `json:"profile"`
+	Options    Options `json:"options"`
+	Kernel     string  `json:"kernel"`
+	BDP        int64   `json:"bdp_bytes"`
+	QueueBytes int64   `json:"queue_bytes"`
+	// Segments is how many packets a large segment may stand for on its way through
+	// the shaper, so that it takes no longer than 0.1 ms at the link's rate.
+	Segments    int         `json:"large_segment_packets"`
 	Source      EndEvidence `json:"source"`
 	Destination EndEvidence `json:"destination"`
 }
@@ -126,6 +129,7 @@ func (l *Link) setCongestion(index int, n *Namespace) error {
 			continue
 		}
 		r.Congctl = want
+		r.Flags = 0 // such as linkdown, which the kernel reports and refuses
 		if err := netlink.RouteReplace(&r); err != nil {
 			available, _ := sysctl("tcp_available_congestion_control")
 			return fmt.Errorf("congestion control %q: %w: %w; as a sysctl: %w; available: %s", want, ErrNotSupported, err, sysctlErr, available)
@@ -141,7 +145,10 @@ func (l *Link) readEvidence() error {
 		return fmt.Errorf("uname: %w", err)
 	}
 	l.evidence = Evidence{Shaper: l.shaper, Profile: l.profile, Options: l.options, Kernel: unix.ByteSliceToString(u.Release[:]),
-		BDP: l.profile.BDP(), QueueBytes: l.profile.Queue()}
+		BDP: l.profile.BDP(), QueueBytes: l.profile.Queue(), Segments: l.profile.segments()}
+	if l.shaper == ShaperNetem {
+		l.evidence.Segments = int(netemSettings(l.profile, 0).segments)
+	}
 	for i, e := range []*EndEvidence{&l.evidence.Source, &l.evidence.Destination} {
 		n := l.ends()[i]
 		if err := n.Do(func() error { return l.readEnd(n, e) }); err != nil {

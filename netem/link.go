@@ -115,7 +115,7 @@ func Open(ctx context.Context, shaper Shaper, p Profile, o Options) (_ *Link, er
 	}
 	l.src.dev, l.src.addr = sourceDevice, sourceAddr()
 	l.dst.dev, l.dst.addr = destinationDevice, destinationAddr()
-	for _, step := range []func() error{l.makeDevices, l.configure, l.shape, l.readEvidence} {
+	for _, step := range []func() error{l.makeDevices, func() error { return l.configure(ctx) }, l.shape, l.readEvidence} {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
@@ -177,7 +177,7 @@ func addVeth(peer string, in any) error {
 const deviceQueue = 4096
 
 // configure sets addresses, neighbours, routes and sysctls, and brings the devices up.
-func (l *Link) configure() error {
+func (l *Link) configure(ctx context.Context) error {
 	var hw [2]netlink.Link
 	for i, n := range l.ends() {
 		err := n.Do(func() (err error) {
@@ -194,13 +194,42 @@ func (l *Link) configure() error {
 			return fmt.Errorf("configure the %s end: %w", n.name, err)
 		}
 	}
-	// A route can name its congestion control only once the device is up.
+	// A route is there only once the device is up.
 	for i, n := range l.ends() {
-		if err := n.Do(func() error { return l.setCongestion(hw[i].Attrs().Index, n) }); err != nil {
+		err := n.Do(func() error {
+			if err := awaitCarrier(ctx, n.dev); err != nil {
+				return err
+			}
+			return l.setCongestion(hw[i].Attrs().Index, n)
+		})
+		if err != nil {
 			return fmt.Errorf("configure the %s end: %w", n.name, err)
 		}
 	}
 	return nil
+}
+
+// awaitCarrier waits until the kernel's link watch, a work queue of its own, has seen
+// the peer come up: before that the device drops what it is given, without a count.
+func awaitCarrier(ctx context.Context, device string) error {
+	const patience = 5 * time.Second
+	for pace := newPacer(); ; {
+		dev, err := netlink.LinkByName(device)
+		if err != nil {
+			return fmt.Errorf("find device %s: %w", device, err)
+		}
+		state := dev.Attrs().OperState
+		waited := time.Since(pace.start)
+		switch {
+		case state == netlink.OperUp || state == netlink.OperUnknown: // a tun has no state
+			return nil
+		case waited > patience:
+			return fmt.Errorf("device %s is %v %v after it was brought up: %w", device, state, patience, ErrReadBack)
+		}
+		if err := pace.until(ctx, waited+time.Millisecond); err != nil {
+			return err
+		}
+	}
 }
 
 func (l *Link) configureEnd(n, peer *Namespace, dev, peerDev netlink.Link) error {

@@ -103,7 +103,7 @@ func newForwarder(in, out, stop int, p Profile, l *line) (*forwarder, error) {
 		return nil, fmt.Errorf("map %d bytes for packets under way: %w", size, err)
 	}
 	return &forwarder{in: in, out: out, stop: stop, line: l, pieceSegs: segs, arena: arena,
-		ring: make([]piece, min(max(size/64, 1<<12), 1<<18))}, nil
+		ring: make([]piece, min(max(size/64, 1<<12), 1<<16))}, nil
 }
 
 // room returns where the next read may go, or false while the ring is full.
