@@ -50,6 +50,7 @@ type Stats struct {
 // Options say how to open a device.
 type Options struct {
 	Dir      string // an existing scratch folder
+	Chunk    int64  // bytes; the largest read request, where the parameters set no other; 0 leaves it to the device
 	ReadOnly bool
 	Params   param.Values // made with the Params of the kind
 }
@@ -137,7 +138,7 @@ type fuseDevice struct{ *fuse.Device }
 func (d fuseDevice) Stats() Stats { return Stats(d.Device.Stats()) }
 
 func openFuse(ctx context.Context, s region.Store, o Options) (Device, error) {
-	d, err := fuse.Open(ctx, s, fuse.Options{Dir: o.Dir, ReadOnly: o.ReadOnly, Params: o.Params})
+	d, err := fuse.Open(ctx, s, fuse.Options{Dir: o.Dir, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: o.Params})
 	if err != nil {
 		return nil, err
 	}

@@ -43,14 +43,14 @@ func (Strategy) Serve(ctx context.Context, t transport.Transport, conn net.Conn,
 }
 
 // Mount opens the remote region and a device in front of it. Options.Chunk is
-// not used: the kernel chooses the size of requests.
+// the largest read request, unless the device's parameters set another.
 func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Options) (strategies.Mount, error) {
 	s, err := r.Open(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("open the remote region: %w", err)
 	}
 	m := &mount{store: s, readOnly: o.ReadOnly, closed: make(chan struct{})}
-	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, ReadOnly: o.ReadOnly, Params: o.Params})
+	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: o.Params})
 	if err != nil {
 		return nil, errors.Join(err, s.Close())
 	}

@@ -13,6 +13,7 @@
 package fuse
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,16 +34,18 @@ import (
 // Params are the device's parameters.
 func Params() []param.Spec {
 	return []param.Spec{
-		{Name: "read_ahead", Kind: param.KindSize, Default: "128KiB", Max: 1 << 30,
-			Doc: "window of the kernel's read-ahead; one random touch pulls about as much; more than 128KiB needs root"},
-		{Name: "max_read", Kind: param.KindSize, Default: "1MiB", Min: 4096, Max: 256 << 20,
-			Doc: "largest read request; the kernel's limit is fs.fuse.max_pages_limit pages"},
+		{Name: "read_ahead", Kind: param.KindSize, Default: "1MiB", Max: 1 << 30,
+			Doc: "window of the kernel's read-ahead; one random touch pulls as much, one with MADV_RANDOM a page; above 128KiB needs root, else is 128KiB"},
+		{Name: "max_read", Kind: param.KindSize, Default: "", Min: 4096, Max: 256 << 20,
+			Doc: "largest read request; by default the chunk; the kernel's limit is fs.fuse.max_pages_limit pages"},
 		{Name: "max_write", Kind: param.KindSize, Default: "1MiB", Min: 4096, Max: 256 << 20,
 			Doc: "largest write request; same limit"},
 		{Name: "max_background", Kind: param.KindInt, Default: "64", Min: 1, Max: 65535,
 			Doc: "read-ahead and write-back requests that the kernel keeps in flight"},
 		{Name: "fuse_workers", Kind: param.KindInt, Default: "1", Min: 1, Max: 64,
 			Doc: "readers of /dev/fuse, each with a device descriptor of its own"},
+		{Name: "fuse_spin", Kind: param.KindDuration, Default: "0s", Max: int64(time.Second),
+			Doc: "with a store in memory, how long a reader polls before it sleeps; pays where it has a CPU to itself"},
 		{Name: "writeback", Kind: param.KindBool, Default: "false",
 			Doc: "let write(2) end in the page cache too; its errors then come late, by fsync"},
 		{Name: "request_timeout", Kind: param.KindDuration, Default: "30s",
@@ -54,6 +57,7 @@ func Params() []param.Spec {
 type Options struct {
 	Dir      string // an existing folder, in which the mount point is made; absolute
 	Name     string // of the file in it; empty is "region"
+	Chunk    int64  // largest read request in bytes, where Params do not set max_read; 0 is 128 KiB
 	ReadOnly bool
 	Params   param.Values // of Params; the zero value means the defaults
 }
@@ -83,6 +87,8 @@ type Device struct {
 	ctx    context.Context // ends when requests shall fail
 	cancel context.CancelFunc
 	ports  []*port
+	spin   time.Duration // how long a reading thread polls before it sleeps
+	stop   *os.File      // an eventfd that ends reading threads
 	bufs   pool
 	wg     sync.WaitGroup // serve loops and handlers
 	done   chan struct{}  // closed when wg is down to 0
@@ -125,13 +131,14 @@ func Open(ctx context.Context, store region.Store, o Options) (*Device, error) {
 	}
 	limit := maxPagesLimit()
 	page := region.PageSize()
-	pages := func(name string) int64 { return max(1, min(o.Params.Size(name)/page, limit)) }
-	readPages, writePages := pages("max_read"), pages("max_write")
+	pages := func(n int64) int64 { return max(1, min(n/page, limit)) }
+	readPages := pages(cmp.Or(o.Params.Size("max_read"), o.Chunk, 128<<10))
+	writePages := pages(o.Params.Size("max_write"))
 	background := o.Params.Int("max_background")
 	d := &Device{
 		store: store, size: store.Size(), readOnly: o.ReadOnly,
-		timeout: o.Params.Duration("request_timeout"),
-		path:    filepath.Join(dir, o.Name),
+		timeout: o.Params.Duration("request_timeout"), spin: o.Params.Duration("fuse_spin"),
+		path: filepath.Join(dir, o.Name),
 		attr: attr{size: store.Size(), mode: unix.S_IFREG | 0o600, uid: uint32(os.Geteuid()),
 			gid: uint32(os.Getegid()), time: time.Now().Unix()},
 		want: initOut{
@@ -157,8 +164,14 @@ func Open(ctx context.Context, store region.Store, o Options) (*Device, error) {
 	d.requestSize = max(8192, inHeaderSize+rwInSize+writePages*page)
 	d.bufs.keep = background
 	d.ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("serve through FUSE: eventfd: %w", err)
+	}
+	d.stop = os.NewFile(uintptr(stop), "eventfd")
 	if err := d.start(ctx, o, readPages*page); err != nil {
 		d.cancel()
+		_ = d.stop.Close()
 		return nil, err
 	}
 	return d, nil
@@ -356,11 +369,13 @@ func (d *Device) close(ctx context.Context) error {
 		}
 	}
 	d.cancel()
+	_, _ = d.stop.Write([]byte{1, 0, 0, 0, 0, 0, 0, 0}) // an eventfd takes 8 bytes
 	for _, p := range d.ports {
 		p.close() // wakes the loops, and with the last one the kernel aborts too
 	}
 	select {
 	case <-d.done:
+		_ = d.stop.Close()
 	case <-time.After(grace):
 		err = errors.Join(err, fmt.Errorf("close %s: requests are still in the store after %v", d.path, grace))
 	}

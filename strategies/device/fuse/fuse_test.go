@@ -1,12 +1,15 @@
 package fuse
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -321,6 +324,207 @@ func TestCloseWithHungStore(t *testing.T) {
 		t.Error("the write that was lost is not reported")
 	}
 	d.closeErr = nil
+}
+
+// What governs the size of requests: max_read each one, read_ahead the window;
+// MADV_RANDOM turns the window off.
+func TestRequestSizes(t *testing.T) {
+	const size = 16 << 20
+	for _, c := range []struct {
+		settings []string
+		advice   int
+		window   int64 // all that one touch pulls
+		request  int64 // the largest request
+	}{
+		{[]string{"read_ahead=64KiB"}, unix.MADV_NORMAL, 64 << 10, 64 << 10},
+		{[]string{"read_ahead=256KiB", "max_read=64KiB"}, unix.MADV_NORMAL, 256 << 10, 64 << 10},
+		{[]string{"read_ahead=2MiB", "max_read=1MiB"}, unix.MADV_NORMAL, 2 << 20, 1 << 20},
+		{[]string{"read_ahead=0"}, unix.MADV_NORMAL, 4 << 10, 4 << 10},
+		{nil, unix.MADV_RANDOM, 4 << 10, 4 << 10},
+	} {
+		t.Run(fmt.Sprint(c.settings, c.advice), func(t *testing.T) {
+			m := newMem(size, content)
+			d := open(t, m, c.settings...)
+			w := startWorkload(t)
+			w.must(op{Do: "open", Path: d.Path(), Flags: unix.O_RDONLY})
+			w.must(op{Do: "map", N: size})
+			w.must(op{Do: "advise", Flags: c.advice})
+			w.must(op{Do: "load", Off: 8<<20 + 4096, N: 8})
+			w.must(op{Do: "close"})
+			w.must(op{Do: "unmap"})
+			closeDevice(t, d) // all requests have ended
+			var sum, largest int64
+			for _, e := range m.reads {
+				sum, largest = sum+e.n, max(largest, e.n)
+			}
+			if sum != c.window || largest != c.request {
+				t.Errorf("one touch read %d bytes in requests of up to %d, want %d and %d: %v", sum, largest, c.window, c.request, m.reads)
+			}
+		})
+	}
+}
+
+func TestStoreAndInvalidate(t *testing.T) {
+	const size = 1<<20 + 100
+	m := newMem(size, content)
+	d := open(t, m)
+	w := startWorkload(t)
+	w.must(op{Do: "open", Path: d.Path(), Flags: unix.O_RDWR})
+	w.must(op{Do: "map", N: size, Flags: unix.O_RDWR})
+	if err := d.Store(0, m.snapshot()); err != nil {
+		t.Fatal(err)
+	}
+	if err := content.Check(w.must(op{Do: "load", N: size}), 0); err != nil {
+		t.Error(err)
+	}
+	if n := d.Stats().ReadRequests; n != 0 {
+		t.Errorf("%d requests for pages that were stored", n)
+	}
+	next := region.Content{Seed: 42, Generation: 1}
+	m.set(func() { next.Fill(m.b, 0) })
+	w.must(op{Do: "store", Off: 5 << 10, Data: []byte{1}}) // dirty: written back first
+	if err := d.Invalidate(0, size); err != nil {
+		t.Fatal(err)
+	}
+	got := w.must(op{Do: "load", N: size})
+	if err := next.Check(got[8<<10:], 8<<10); err != nil {
+		t.Error(err)
+	}
+	if got[5<<10] != 1 {
+		t.Error("Invalidate lost a store")
+	}
+	if err := errors.Join(d.Invalidate(size, 1), d.Store(-1, got)); !errors.Is(err, region.ErrOutOfRange) {
+		t.Error(err)
+	}
+}
+
+// A daemon that is killed leaves its workload with an error, not waiting.
+func TestKilledDaemon(t *testing.T) {
+	c := command("hung")
+	c.Env = append(c.Env, dirEnv+"="+t.TempDir())
+	c.SysProcAttr.Pdeathsig = 0
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewReader(out)
+	path, err := lines.ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	path = strings.TrimSpace(path)
+	defer func() { _ = unix.Unmount(path, unix.MNT_DETACH) }()
+	var procs []*proc
+	for _, o := range []op{{Do: "load", N: 1}, {Do: "pread", N: 1}, {Do: "pwrite", Data: []byte{1}}} {
+		w := startWorkload(t)
+		w.must(op{Do: "open", Path: path, Flags: unix.O_RDWR})
+		w.must(op{Do: "map", N: 1 << 20, Flags: unix.O_RDWR})
+		if err := w.in.Encode(o); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := lines.ReadString('\n'); err != nil { // one line per request in the store
+			t.Fatal(err)
+		}
+		procs = append(procs, w)
+	}
+	_ = c.Process.Kill()
+	_ = c.Wait()
+	for i, w := range procs {
+		got := make(chan error, 1)
+		go func() {
+			var r result
+			err := w.out.Decode(&r)
+			if err == nil {
+				err = r.err()
+			}
+			got <- err
+		}()
+		select {
+		case err := <-got:
+			t.Logf("workload %d: %v", i, err)
+			if err == nil {
+				t.Errorf("workload %d got an answer of nobody", i)
+			}
+		case <-time.After(5 * time.Second):
+			t.Fatalf("workload %d still waits for a daemon that is dead", i)
+		}
+	}
+}
+
+// hung is a daemon whose store says when it is called and never answers.
+func hung() error {
+	m := newMem(1<<20, content)
+	m.block = make(chan struct{})
+	d, err := Open(context.Background(), m, Options{Dir: os.Getenv(dirEnv)})
+	if err != nil {
+		return err
+	}
+	fmt.Println(d.Path())
+	go func() {
+		for range m.started {
+			fmt.Println("waits")
+		}
+	}()
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	return d.Close(context.Background())
+}
+
+func FuzzDispatch(f *testing.F) {
+	for op := uint32(1); op < 55; op++ {
+		b := make([]byte, 200)
+		le.PutUint32(b, 200)
+		le.PutUint32(b[4:], op)
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if len(b) >= 4 && len(b) < 1<<16 { // as the kernel does
+			le.PutUint32(b, uint32(len(b)))
+		}
+		h, body, err := parseHeader(b)
+		if err != nil {
+			return
+		}
+		null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer null.Close()
+		rc, err := null.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := newMem(5000, content)
+		d := &Device{store: m, size: 5000, ctx: context.Background(), ready: make(chan error, 1), bufs: pool{keep: 4}}
+		d.dispatch(&port{null, rc}, h, body, append([]byte(nil), b...))
+		d.wg.Wait()
+		for _, e := range m.reads {
+			if e.n > 5000 {
+				t.Fatal(e)
+			}
+		}
+	})
+}
+
+func TestPendingKill(t *testing.T) {
+	for s, want := range map[string]bool{
+		"SigPnd:\t0000000000000100\nShdPnd:\t0000000000000000\n": true,
+		"SigPnd:\t0000000000000000\nShdPnd:\t0000000000000100\n": true,
+		"SigPnd:\t0000000000400000\nShdPnd:\t0000000000004000\n": false,
+		"SigBlk:\t0000000000000100\n":                            false,
+		"":                                                       false,
+	} {
+		if pendingKill(s) != want {
+			t.Errorf("pendingKill(%q) = %v", s, !want)
+		}
+	}
 }
 
 func wait(t *testing.T, c <-chan struct{}) {

@@ -41,12 +41,12 @@ func TestMain(m *testing.M) {
 }
 
 func roles() map[string]func() error {
-	return map[string]func() error{"workload": workload, "daemon": daemon, "reader": reader}
+	return map[string]func() error{"workload": workload, "daemon": daemon, "reader": reader, "hung": hung}
 }
 
 func command(role string, args ...string) *exec.Cmd {
 	c := exec.Command("/proc/self/exe", args...)
-	c.Env = append(os.Environ(), roleEnv+"="+role)
+	c.Env = append(os.Environ(), roleEnv+"="+role, "GORACE=atexit_sleep_ms=0")
 	c.Stderr = os.Stderr
 	c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	return c

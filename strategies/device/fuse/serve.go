@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/bits"
 	"os"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -83,6 +84,37 @@ func (p *port) read(b []byte) (n int, err error) {
 	}
 }
 
+// threadRead is read for a loop on a thread of its own: it polls for spin, then
+// sleeps. It returns ErrClosed once stop is readable. Both descriptors must stay open.
+func threadRead(fd uintptr, b []byte, stop int, spin time.Duration) (int, error) {
+	var start time.Time
+	for {
+		n, _, e := unix.RawSyscall(unix.SYS_READ, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+		switch e {
+		case 0:
+			return int(n), nil
+		case unix.EINTR, unix.ENOENT: // ENOENT: the request was taken back
+			continue
+		case unix.EAGAIN:
+		default:
+			return 0, e
+		}
+		if spin > 0 {
+			if now := time.Now(); start.IsZero() {
+				start = now
+				continue
+			} else if now.Sub(start) < spin {
+				continue
+			}
+		}
+		fds := [2]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(stop), Events: unix.POLLIN}}
+		_, _ = unix.Poll(fds[:], -1)
+		if fds[1].Revents != 0 {
+			return 0, os.ErrClosed
+		}
+	}
+}
+
 // reply answers one request with an error, or with data: the concatenation of a and b.
 func (p *port) reply(unique uint64, errno syscall.Errno, a, b []byte) error {
 	return p.write(-int32(errno), unique, a, b)
@@ -120,28 +152,42 @@ const lead = 4096 - inHeaderSize - rwInSize
 // serve starts the loop that answers requests of p. What must not wait for the
 // store is answered in the loop; the rest in a goroutine each. The kernel bounds
 // their number: max_background and one per thread of the workload.
+//
+// Where the store has views the loop answers reads itself and has a thread of
+// its own. Else it is a goroutine that waits in the runtime's poller: then the
+// handlers run on the same thread as soon as it parks.
 func (d *Device) serve(p *port) {
+	stop := int(d.stop.Fd())
 	d.wg.Add(1)
 	go func() {
 		defer d.wg.Done()
-		for {
-			b := d.bufs.get(lead + d.requestSize)
-			n, err := p.read(b[lead:])
-			if err != nil { // ENODEV: unmounted or aborted; ErrClosed: Close
-				d.bufs.put(b)
-				return
-			}
-			h, body, err := parseHeader(b[lead : lead+n])
-			if err != nil {
-				d.fail(err)
-				d.bufs.put(b)
-				continue
-			}
-			if !d.dispatch(p, h, body, b) {
-				d.bufs.put(b)
-			}
+		if d.viewer == nil {
+			d.loop(p, p.read)
+			return
 		}
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		_ = p.rc.Control(func(fd uintptr) { // which keeps the descriptor open
+			d.loop(p, func(b []byte) (int, error) { return threadRead(fd, b, stop, d.spin) })
+		})
 	}()
+}
+
+func (d *Device) loop(p *port, read func([]byte) (int, error)) {
+	b := d.bufs.get(lead + d.requestSize)
+	for {
+		n, err := read(b[lead:])
+		if err != nil { // ENODEV: unmounted or aborted; ErrClosed: Close
+			d.bufs.put(b)
+			return
+		}
+		h, body, err := parseHeader(b[lead : lead+n])
+		if err != nil {
+			d.fail(err)
+		} else if d.dispatch(p, h, body, b) {
+			b = d.bufs.get(lead + d.requestSize)
+		}
+	}
 }
 
 // dispatch answers a request or has a goroutine do so. It returns true if it
