@@ -75,9 +75,14 @@ func daemon(t testing.TB, sock, tool, pkg string, args ...string) transport.Dial
 			t.Logf("%s: %s", tool, errs.String())
 		}
 	})
+	return patient("unix", sock)
+}
+
+// patient dials a server that may not listen yet.
+func patient(network, addr string) transport.Dialer {
 	return transport.DialFunc(func(ctx context.Context) (net.Conn, error) {
-		for { // it may not listen yet
-			c, err := (&net.Dialer{}).DialContext(ctx, "unix", sock)
+		for {
+			c, err := (&net.Dialer{}).DialContext(ctx, network, addr)
 			if err == nil || ctx.Err() != nil {
 				return c, err
 			}
@@ -549,9 +554,7 @@ func TestInteropClient(t *testing.T) {
 		})
 		var pid []byte
 		waitFor(t, "nbd-server runs", func() bool { pid, _ = os.ReadFile(pidFile); return len(pid) > 0 })
-		d := transport.DialFunc(func(ctx context.Context) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		})
+		d := patient("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		exercise(t, open(t, &Transport{}, d, transport.Options{Name: "image", Connections: 2}))
 		conn, err := d.Dial(testContext(t))
 		if err != nil {
