@@ -290,7 +290,11 @@ func newPlotCmd(s *state) *cobra.Command {
 		Example: "  memsync plot results/out/throughput-rttvar-1",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
-			if err := show(s, args[0], scenarios.Figures(), scenarios.Variants()); err != nil {
+			err := show(s, args[0], scenarios.Figures(), scenarios.Variants())
+			switch {
+			case errors.Is(err, fs.ErrNotExist):
+				return exitWith(exitUsage, err)
+			case err != nil:
 				return exitWith(exitFailed, err)
 			}
 			return nil

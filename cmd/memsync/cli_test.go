@@ -1,0 +1,153 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/santhosh-tekuri/jsonschema/v6"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// TestMain makes this binary be memsync where it is called by that name: so do
+// the scripts, and so does memsync itself (sandbox, roles).
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"memsync": main})
+}
+
+// TestScripts runs testdata/script: the real program, in folders of its own.
+//
+// Beside testscript's own commands there are
+//
+//	exits CODE COMMAND...       run it; it must exit with CODE
+//	report N STATUS [KEY=VALUE...]  stdout is the object of measure --json, valid by its
+//	                            schema, with N runs of that status (N may be +: one or more);
+//	                            each cell.KEY is VALUE
+//	lines N FILE                the file has N lines
+func TestScripts(t *testing.T) {
+	schema := compileSchema(t)
+	testscript.Run(t, testscript.Params{
+		Dir: "testdata/script",
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"exits": func(ts *testscript.TestScript, _ bool, args []string) {
+				want, err := strconv.Atoi(args[0])
+				ts.Check(err)
+				code := 0
+				if err := ts.Exec(args[1], args[2:]...); err != nil {
+					var exit *exec.ExitError
+					if !errors.As(err, &exit) {
+						ts.Fatalf("%v", err)
+					}
+					code = exit.ExitCode()
+				}
+				if code != want {
+					ts.Fatalf("exit status %d, want %d", code, want)
+				}
+			},
+			"report": func(ts *testscript.TestScript, _ bool, args []string) {
+				ts.Check(checkReport(schema, ts.ReadFile("stdout"), args[0], args[1], args[2:]))
+			},
+			"lines": func(ts *testscript.TestScript, _ bool, args []string) {
+				if n := strings.Count(ts.ReadFile(args[1]), "\n"); strconv.Itoa(n) != args[0] {
+					ts.Fatalf("%s has %d lines, want %s", args[1], n, args[0])
+				}
+			},
+		},
+	})
+}
+
+func compileSchema(t *testing.T) *jsonschema.Schema {
+	t.Helper()
+	s, err := jsonschema.NewCompiler().Compile("../../docs/measure.schema.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func checkReport(schema *jsonschema.Schema, text, runs, status string, cell []string) error {
+	v, err := jsonschema.UnmarshalJSON(strings.NewReader(text))
+	if err != nil {
+		return err
+	}
+	if err := schema.Validate(v); err != nil {
+		return err
+	}
+	var r struct {
+		Cell map[string]any
+		Runs []struct {
+			Status, Error string
+			Verified      bool
+		}
+	}
+	dec := json.NewDecoder(strings.NewReader(text))
+	dec.UseNumber()
+	if err := dec.Decode(&r); err != nil {
+		return err
+	}
+	if runs != "+" && strconv.Itoa(len(r.Runs)) != runs || len(r.Runs) == 0 {
+		return fmt.Errorf("%d runs, want %s", len(r.Runs), runs)
+	}
+	for i, run := range r.Runs {
+		if run.Status != status {
+			return fmt.Errorf("run %d is %s (%s), want %s", i+1, run.Status, run.Error, status)
+		}
+	}
+	for _, kv := range cell {
+		k, want, _ := strings.Cut(kv, "=")
+		if got := fmt.Sprint(r.Cell[k]); got != want {
+			return fmt.Errorf("cell.%s is %s, want %s", k, got, want)
+		}
+	}
+	return nil
+}
+
+// eachCommand calls f for every command that users see.
+func eachCommand(f func(*cobra.Command)) {
+	for _, c := range newRootCmd(&state{stdout: &bytes.Buffer{}, stderr: &bytes.Buffer{}}).Commands() {
+		if c.Name() != "help" && c.Name() != "completion" && !c.Hidden {
+			f(c)
+		}
+	}
+}
+
+// TestCommands: every command has a script that calls it, an example, and lines
+// in docs/cli.md for itself and for each of its flags.
+func TestCommands(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/cli.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	eachCommand(func(c *cobra.Command) {
+		script, err := os.ReadFile(filepath.Join("testdata", "script", c.Name()+".txtar"))
+		if err != nil || !strings.Contains(string(script), "memsync "+c.Name()) {
+			t.Errorf("command %s has no script that calls it: %v", c.Name(), err)
+		}
+		if !strings.Contains(c.Example, "memsync "+c.Name()) || c.Short == "" {
+			t.Errorf("command %s lacks an example or a description", c.Name())
+		}
+		_, section, ok := strings.Cut(string(doc), "\n## memsync "+c.Name())
+		if !ok {
+			t.Errorf("docs/cli.md has no section on %s", c.Name())
+			return
+		}
+		section, _, _ = strings.Cut(section, "\n## ")
+		c.LocalFlags().VisitAll(func(f *pflag.Flag) {
+			if f.Name != "help" && !strings.Contains(section, "`--"+f.Name) {
+				t.Errorf("docs/cli.md, section on %s, lacks --%s", c.Name(), f.Name)
+			}
+			if f.Usage == "" {
+				t.Errorf("%s --%s has no description", c.Name(), f.Name)
+			}
+		})
+	})
+}
