@@ -30,8 +30,7 @@
 //
 // # Large segments
 //
-// A TCP stack hands over up to 64 KiB at once (GSO), and only the receiver's counts
-// show packets. Where the rate is limited a large segment is kept short, so that it
+// A TCP stack hands over up to 64 KiB as one large segment (GSO). Where the rate is limited a large segment is kept short, so that it
 // takes no longer than 0.1 ms on the link. The tun shaper accounts for every packet
 // in it: each is lost, queued or passed by itself. sch_netem counts one large segment
 // as one packet, so there the limit is in such segments, and with loss TCP is held to

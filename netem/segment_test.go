@@ -3,6 +3,7 @@ package netem
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"math"
 	"math/rand/v2"
 	"os"
@@ -227,7 +228,7 @@ func TestForwarder(t *testing.T) {
 					if err == nil {
 						break
 					}
-					if err != unix.EAGAIN {
+					if !errors.Is(err, unix.EAGAIN) {
 						sendErr <- err
 						return
 					}

@@ -229,7 +229,7 @@ func (f *forwarder) run() {
 				}
 				continue
 			}
-			if err != unix.EAGAIN && err != unix.EINTR {
+			if !temporary(err) {
 				// EBADFD or EIO: the device is gone or down; deliver what is held, try again later.
 				f.wrong.Add(1)
 			}
@@ -244,7 +244,7 @@ func (f *forwarder) run() {
 		} else {
 			wait = nil
 		}
-		if _, err := unix.Ppoll(fds, wait, nil); err != nil && err != unix.EINTR {
+		if _, err := unix.Ppoll(fds, wait, nil); err != nil && !errors.Is(err, unix.EINTR) {
 			break
 		}
 		if fds[0].Revents != 0 {
