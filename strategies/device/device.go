@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"memsync/strategies/device/fuse"
+	"memsync/strategies/device/nbdk"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 )
@@ -75,7 +76,8 @@ func Kinds() []Kind {
 	return []Kind{
 		{Name: "fuse", Doc: "a file served through /dev/fuse by our own server", Params: fuse.Params(),
 			Probe: fuse.Probe, open: openFuse},
-		missing("nbd", "kernel block device nbd", "the kernel NBD device is not built in yet"),
+		{Name: "nbd", Doc: "a block device of the kernel's NBD client", Params: nbdk.Params(),
+			Probe: nbdk.Probe, open: openNBD},
 		missing("ublk", "userspace block device (io_uring)", "ublk needs the driver ublk_drv (Linux 6.0) and is not built in; use fuse or nbd"),
 		missing("uffd", "userfaultfd on a mapping", "userfaultfd serves a mapping and has no path; use strategy userfaultfd"),
 	}
@@ -146,3 +148,15 @@ func openFuse(ctx context.Context, s region.Store, o Options) (Device, error) {
 }
 
 var _ Cacher = fuseDevice{}
+
+type nbdDevice struct{ *nbdk.Device }
+
+func (d nbdDevice) Stats() Stats { return Stats(d.Device.Stats()) }
+
+func openNBD(ctx context.Context, s region.Store, o Options) (Device, error) {
+	d, err := nbdk.Open(ctx, s, nbdk.Options{ReadOnly: o.ReadOnly, Params: o.Params})
+	if err != nil {
+		return nil, err
+	}
+	return nbdDevice{d}, nil
+}

@@ -1,0 +1,529 @@
+package nbdk
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
+
+	"memsync/strategies/param"
+	"memsync/strategies/region"
+	"memsync/strategies/transport"
+	"memsync/strategies/transport/nbd"
+)
+
+// The process that serves a device never touches it: a child does.
+func TestMain(m *testing.M) {
+	if role := os.Getenv("NBDK_ROLE"); role != "" {
+		if err := child(role, os.Getenv("NBDK_PATH")); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+func child(role, path string) error {
+	switch role {
+	case "read": // to standard output
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		_, err = io.Copy(os.Stdout, f)
+		return err
+	case "store": // through a shared mapping: 1, 2, 3...
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		size, err := f.Seek(0, io.SeekEnd)
+		if err != nil {
+			return err
+		}
+		p, err := unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+		if err != nil {
+			return err
+		}
+		copy(p, pattern(int(size)))
+		if err := unix.Msync(p, unix.MS_SYNC); err != nil {
+			return err
+		}
+		return unix.Munmap(p)
+	case "claim": // as a foreign client does: no lock, no connection yet
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			return err
+		}
+		a, _, err := socketPair()
+		if err != nil {
+			return err
+		}
+		s, err := a.(*net.UnixConn).File()
+		if err != nil {
+			return err
+		}
+		if err := blockIoctl(int(f.Fd()), ioctlSetSock, s.Fd()); err != nil {
+			return err
+		}
+		fmt.Println("claimed")
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		return nil
+	case "serve": // until killed
+		p, err := param.New(Params(), strings.Fields(os.Getenv("NBDK_SET")))
+		if err != nil {
+			return err
+		}
+		d, err := Open(context.Background(), &memory{b: make([]byte, 1<<20)}, Options{Params: p})
+		if err != nil {
+			return err
+		}
+		fmt.Println(d.Path())
+		select {}
+	}
+	return errors.New("no such role: " + role)
+}
+
+func role(t *testing.T, name, path string, more ...string) *exec.Cmd {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	t.Cleanup(cancel)
+	c := exec.CommandContext(ctx, "/proc/self/exe")
+	c.Env = append(append(os.Environ(), "NBDK_ROLE="+name, "NBDK_PATH="+path), more...)
+	c.Stderr = os.Stderr
+	c.WaitDelay = time.Second
+	return c
+}
+
+func pattern(n int) []byte {
+	p := make([]byte, n)
+	for i := range p {
+		p[i] = byte(i*31 + i>>9)
+	}
+	return p
+}
+
+// need is the only skip: the lab kernel has nbd, and there nothing may be skipped.
+func need(t *testing.T) {
+	t.Helper()
+	err := Probe()
+	switch {
+	case err == nil:
+	case os.Getenv("MEMSYNC_LAB") == "1":
+		t.Fatalf("in the lab kernel: %v", err)
+	default:
+		t.Skipf("%v (TestKernelPackages of scenarios/lab runs this test in the lab kernel)", err)
+	}
+}
+
+// memory is a store without a view, which can be told to fail or to hang.
+type memory struct {
+	mu   sync.Mutex
+	b    []byte
+	fail atomic.Bool
+	hang atomic.Bool
+	keep atomic.Bool // hang in writes only
+}
+
+func (m *memory) Size() int64 { return int64(len(m.b)) }
+
+func (m *memory) gate(ctx context.Context) error {
+	if m.hang.Load() {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	if m.fail.Load() {
+		return errors.New("told to fail")
+	}
+	return nil
+}
+
+func (m *memory) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if err := errors.Join(m.gate(ctx), region.CheckRange(off, int64(len(p)), m.Size())); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	copy(p, m.b[off:])
+	return nil
+}
+
+func (m *memory) WriteAt(ctx context.Context, p []byte, off int64) error {
+	if m.keep.Load() {
+		<-ctx.Done()
+	}
+	if err := errors.Join(m.gate(ctx), region.CheckRange(off, int64(len(p)), m.Size())); err != nil {
+		return err
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	copy(m.b[off:], p)
+	return nil
+}
+
+func (m *memory) Flush(ctx context.Context) error { return m.gate(ctx) }
+func (m *memory) Close() error                    { return nil }
+
+func params(t *testing.T, set ...string) param.Values {
+	t.Helper()
+	p, err := param.New(Params(), set)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func open(t *testing.T, s region.Store, set ...string) *Device {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	d, err := Open(ctx, s, Options{Params: params(t, set...)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func shut(t *testing.T, d *Device) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if err := d.Close(ctx); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(d.sysfs("pid")); err == nil {
+		t.Errorf("%s is attached after Close", d.Path())
+	}
+}
+
+func TestReadAndStore(t *testing.T) {
+	need(t)
+	for _, set := range []string{"nbd_setup=netlink nbd_ready=poll", "nbd_setup=netlink nbd_ready=uevent nbd_connections=1", "nbd_setup=ioctl nbd_ready=uevent", "nbd_setup=ioctl nbd_connections=16"} {
+		for _, size := range []int{1, 512, 4096, 1<<20 - 1, 3<<20 + 512} {
+			m := &memory{b: pattern(size)}
+			start := time.Now()
+			d := open(t, m, strings.Fields(set)...)
+			opened := time.Since(start)
+			got, err := role(t, "read", d.Path()).Output()
+			if err != nil {
+				t.Fatalf("%s, %d bytes: read: %v", set, size, err)
+			}
+			want := append(pattern(size), make([]byte, int(region.RoundUp(int64(size), 512))-size)...)
+			if !bytes.Equal(got, want) {
+				t.Errorf("%s, %d bytes: read %d bytes %x, want %d", set, size, len(got), sha256.Sum256(got), len(want))
+			}
+			m.b = make([]byte, size)
+			shut(t, d)
+			d = open(t, m, strings.Fields(set)...)
+			if err := role(t, "store", d.Path()).Run(); err != nil {
+				t.Fatalf("%s, %d bytes: store: %v", set, size, err)
+			}
+			s := d.Stats()
+			if !bytes.Equal(m.b, pattern(size)) {
+				t.Errorf("%s, %d bytes: after msync the store differs", set, size)
+			}
+			if s.WriteBytes < int64(size) || s.Errors != 0 || d.Err() != nil {
+				t.Errorf("%s, %d bytes: %+v, %v", set, size, s, d.Err())
+			}
+			start = time.Now()
+			shut(t, d)
+			t.Logf("%s, %d bytes: open %v, close %v", set, size, opened, time.Since(start))
+		}
+	}
+}
+
+func TestReadOnly(t *testing.T) {
+	need(t)
+	for _, setup := range []string{"netlink", "ioctl"} {
+		m := &memory{b: pattern(8192)}
+		d, err := Open(t.Context(), m, Options{ReadOnly: true, Params: params(t, "nbd_setup="+setup)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := role(t, "store", d.Path())
+		c.Stderr = nil
+		if err := c.Run(); err == nil {
+			t.Error("a read-only device was opened for writing")
+		}
+		shut(t, d)
+	}
+}
+
+func TestManyAtOnce(t *testing.T) {
+	need(t)
+	for _, setup := range []string{"netlink", "ioctl"} {
+		var mu sync.Mutex
+		seen := map[string]*Device{}
+		var group sync.WaitGroup
+		for range 6 {
+			group.Go(func() {
+				d, err := Open(t.Context(), &memory{b: pattern(8192)}, Options{Params: params(t, "nbd_setup="+setup, "nbd_connections=2")})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				mu.Lock()
+				defer mu.Unlock()
+				if seen[d.Path()] != nil {
+					t.Errorf("%s was given twice", d.Path())
+				}
+				seen[d.Path()] = d
+			})
+		}
+		group.Wait()
+		for _, d := range seen {
+			shut(t, d)
+		}
+	}
+}
+
+func TestForeignClientAndAllInUse(t *testing.T) {
+	need(t)
+	index, node, err := free()
+	if err != nil {
+		t.Fatal(err)
+	}
+	node.Close()
+	path := fmt.Sprintf("/dev/nbd%d", index)
+	c := role(t, "claim", path)
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(out, make([]byte, len("claimed\n"))); err != nil {
+		t.Fatal(err)
+	}
+	d := open(t, &memory{b: pattern(8192)}, "nbd_setup=ioctl")
+	if d.Path() == path {
+		t.Errorf("took %s, which another client holds", path)
+	}
+	shut(t, d)
+	in.Close()
+	if err := c.Wait(); err != nil {
+		t.Error(err)
+	}
+
+	var all []*os.File
+	for {
+		_, f, err := free()
+		if err != nil {
+			break
+		}
+		all = append(all, f)
+	}
+	_, err = Open(t.Context(), &memory{b: pattern(8192)}, Options{Params: params(t, "nbd_setup=ioctl")})
+	if err == nil || !strings.Contains(err.Error(), "nbds_max") {
+		t.Errorf("all %d in use: %v", len(all), err)
+	}
+	for _, f := range all {
+		f.Close()
+	}
+}
+
+func TestStoreFails(t *testing.T) {
+	need(t)
+	m := &memory{b: pattern(1 << 20)}
+	d := open(t, m)
+	m.fail.Store(true)
+	c := role(t, "read", d.Path())
+	c.Stderr = nil
+	if err := c.Run(); err == nil {
+		t.Error("a read went well though the store failed")
+	}
+	if d.Err() == nil || d.Stats().Errors == 0 {
+		t.Errorf("%v, %+v", d.Err(), d.Stats())
+	}
+	m.fail.Store(false)
+	got, err := role(t, "read", d.Path()).Output()
+	if err != nil || !bytes.Equal(got, m.b) {
+		t.Errorf("after the failure: %d bytes, %v", len(got), err)
+	}
+	shut(t, d)
+}
+
+// TestServerDies: whoever waits for a device whose server is gone, or does not
+// answer, gets an error; the device can be closed.
+func TestServerDies(t *testing.T) {
+	need(t)
+	for _, setup := range []string{"netlink", "ioctl"} {
+		for _, hang := range []bool{false, true} {
+			m := &memory{b: pattern(1 << 20)}
+			m.hang.Store(hang)
+			serve, kill := context.WithCancel(t.Context())
+			defer kill()
+			ours, theirs, err := socketPair()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var server sync.WaitGroup
+			tr := &nbd.Transport{}
+			server.Go(func() { _ = tr.Serve(serve, ours, transport.One{Store: m}) })
+			e, err := tr.Negotiate(t.Context(), theirs, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			d, err := Connect(t.Context(), []net.Conn{theirs}, e, Options{Params: params(t, "nbd_setup="+setup, "nbd_timeout=2s")})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !hang {
+				kill()
+				server.Wait()
+			}
+			start := time.Now()
+			c := role(t, "read", d.Path())
+			c.Stderr = nil
+			// By ioctl, a device whose server left is empty: end of file.
+			if got, err := c.Output(); err == nil && len(got) != 0 {
+				t.Errorf("%s, hang %v: %d bytes were read without a server", setup, hang, len(got))
+			}
+			if took := time.Since(start); took > 8*time.Second {
+				t.Errorf("%s, hang %v: the reader waited %v", setup, hang, took)
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			_ = d.Close(ctx) // may say that nothing could be written back
+			cancel()
+			if _, err := os.Stat(d.sysfs("pid")); err == nil {
+				t.Errorf("%s is attached after Close", d.Path())
+			}
+			kill()
+			server.Wait()
+		}
+	}
+}
+
+// TestCloseIsBounded: dirty pages that the store never takes do not hold Close up.
+func TestCloseIsBounded(t *testing.T) {
+	need(t)
+	m := &memory{b: make([]byte, 1<<20)}
+	d := open(t, m, "nbd_timeout=60s")
+	m.keep.Store(true)
+	c := role(t, "store", d.Path()) // waits in msync
+	c.Stderr = nil
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		b, _ := os.ReadFile(d.sysfs("inflight"))
+		if f := strings.Fields(string(b)); len(f) == 2 && f[1] != "0" {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("no write is in flight")
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	start := time.Now()
+	if err := d.Close(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Close: %v, want the deadline: bytes were lost", err)
+	}
+	if took := time.Since(start); took > 4*time.Second {
+		t.Errorf("Close took %v", took)
+	}
+	if err := c.Wait(); err == nil {
+		t.Error("msync went well though nothing was stored")
+	}
+}
+
+func TestSIGKILL(t *testing.T) {
+	need(t)
+	for _, setup := range []string{"netlink", "ioctl"} {
+		c := role(t, "serve", "", "NBDK_SET=nbd_setup="+setup)
+		out, err := c.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		var path string
+		if _, err := fmt.Fscanln(out, &path); err != nil {
+			t.Fatal(err)
+		}
+		pid := filepath.Join("/sys/block", filepath.Base(path), "pid")
+		if _, err := os.Stat(pid); err != nil {
+			t.Fatal(err)
+		}
+		_ = c.Process.Kill()
+		_ = c.Wait()
+		for end := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+			if _, err := os.Stat(pid); err != nil {
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%s: %s is still attached", setup, path)
+			}
+		}
+	}
+}
+
+// TestOtherNetworkNamespace: a daemon lives in a namespace of its own.
+func TestOtherNetworkNamespace(t *testing.T) {
+	need(t)
+	for _, setup := range []string{"auto", "netlink", "ioctl"} {
+		c := role(t, "serve", "", "NBDK_SET=nbd_setup="+setup)
+		c.Path, c.Args = "/usr/bin/unshare", []string{"unshare", "--net", "/proc/self/exe"}
+		if p, err := exec.LookPath("unshare"); err == nil {
+			self, _ := os.Executable()
+			c.Path, c.Args = p, []string{p, "--net", self}
+		}
+		out, err := c.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		var path string
+		_, err = fmt.Fscanln(out, &path)
+		if err != nil {
+			t.Errorf("%s: %v", setup, err)
+		}
+		_ = c.Process.Kill()
+		_ = c.Wait()
+	}
+}
+
+func TestRefused(t *testing.T) {
+	if _, err := Open(t.Context(), &memory{}, Options{}); !errors.Is(err, region.ErrOutOfRange) {
+		t.Errorf("an empty region: %v", err)
+	}
+	a, b, err := socketPair()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if _, err := Connect(t.Context(), []net.Conn{b}, nbd.Export{Size: 513}, Options{}); !errors.Is(err, region.ErrOutOfRange) {
+		t.Errorf("513 bytes: %v", err)
+	}
+	if err := module(); err != nil {
+		if _, err := Open(t.Context(), &memory{b: make([]byte, 512)}, Options{}); !errors.Is(err, region.ErrNotSupported) {
+			t.Errorf("without the driver: %v", err)
+		}
+	}
+}
