@@ -100,6 +100,9 @@ func testContext(t testing.TB) context.Context {
 
 func open(t testing.TB, tr *Transport, d transport.Dialer, o transport.Options) *Client {
 	t.Helper()
+	if o.Connections == 0 {
+		o.Connections = 1
+	}
 	s, err := tr.Open(testContext(t), d, o)
 	if err != nil {
 		t.Fatal(err)

@@ -105,7 +105,7 @@ func (s *session) request(ctx context.Context, r request) error {
 			return s.queueError(r, no, msg)
 		}
 	}
-	if r.cmd == cmdWrite && r.flags&cmdFlagFUA == 0 && s.traits.viewer != nil {
+	if r.cmd == cmdWrite && data != nil && r.flags&cmdFlagFUA == 0 && s.traits.viewer != nil {
 		if _, ok := s.traits.viewer.View(int64(r.off), int64(r.length)); ok { // in memory: as quick as a hand-over
 			err := s.store.WriteAt(ctx, *data, int64(r.off))
 			s.t.buffers.put(data)

@@ -174,7 +174,7 @@ func (s *session) handshake(ctx context.Context) (proceed bool, err error) {
 	fixed := flags&flagFixedNewstyle != 0
 	var out []byte
 	for range maxOptions {
-		if len(out) > 0 && len(s.l.buffered()) < optionSize { // options may come in bulk; so do the answers
+		if len(out) > maxOption || len(out) > 0 && len(s.l.buffered()) < optionSize { // options may come in bulk; so do the answers
 			if _, err := s.l.conn.Write(out); err != nil {
 				return false, err
 			}
