@@ -50,7 +50,7 @@ func (o One) List() []string { return []string{o.Name} }
 // Options tune the opening of a region.
 type Options struct {
 	Name        string // of the export; empty is the source's default
-	Connections int    // number of connections opened together, 1..16; 0 means 1
+	Connections int    // number of connections opened together, 1..16; 0: the transport chooses
 	ReadOnly    bool   // refuse writes on this side
 	Window      int64  // bytes of background requests in flight; 0: the transport chooses
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
@@ -20,12 +21,18 @@ const (
 	demandPiece     = 1 << 20   // a longer request goes out in pieces of this size
 	backgroundPiece = 256 << 10 // so that a demand request waits for little
 	maxPieces       = 32        // of one request in flight
+	spreadPiece     = 8 << 10   // the least that is worth a connection of its own; below the first window of TCP (RFC 6928)
+	spreadRTT       = time.Millisecond
 )
 
 // Client is an NBD export as a region.Store.
 //
 // A request longer than a piece (1 MiB; in the background 256 KiB) goes out in
-// pieces, in parallel and over all connections. Demand requests take the least
+// pieces, in parallel and over all connections. On a path of a millisecond or
+// more with several connections a request is cut into as many pieces as there are
+// connections: each of them may send about 14 KB before the first acknowledgement
+// (RFC 6928), so that 16 bring 200 KB in the first round trip, where one brings
+// them in four. Demand requests take the least
 // loaded connection. Background requests (region.Prefetch, region.Push) keep to
 // the window, and off the first connection where there are several.
 // Beside Store it offers what the server supports of region.Extenter, Zeroer,
@@ -35,6 +42,7 @@ type Client struct {
 	conns  []*conn
 	ro     bool
 	bg     *window
+	far    bool // the path is long, requests are spread over the connections
 	calls  sync.Pool
 	rmw    sync.RWMutex // writes that are smaller than a block, against all others
 	closed atomic.Bool
@@ -42,11 +50,11 @@ type Client struct {
 
 var _ region.Store = (*Client)(nil)
 
-// Open connects and negotiates; see Transport.Open.
+// open connects and negotiates; see Transport.Open.
 func (t *Transport) open(ctx context.Context, d transport.Dialer, o transport.Options) (*Client, error) {
-	n := o.Connections
-	if n == 0 {
-		n = 1
+	n, auto := o.Connections, o.Connections == 0
+	if auto {
+		n = maxConnections
 	}
 	if n < 1 || n > maxConnections {
 		return nil, fmt.Errorf("open NBD export %q: %d connections, want 1 to %d", o.Name, n, maxConnections)
@@ -54,15 +62,56 @@ func (t *Transport) open(ctx context.Context, d transport.Dialer, o transport.Op
 	if o.Window < 0 {
 		return nil, fmt.Errorf("open NBD export %q: window of %d bytes", o.Name, o.Window)
 	}
+	// How many connections pay is known once the first one stands. All are dialled
+	// at once, so that the answer costs no round trip.
+	var far bool
+	known := make(chan struct{})
 	links, exports := make([]*link, n), make([]Export, n)
 	g, gctx := errgroup.WithContext(ctx)
 	for i := range n {
-		g.Go(func() (err error) {
-			links[i], exports[i], err = t.connect(gctx, d, o.Name)
-			return err
+		g.Go(func() error {
+			ctx, cancel := context.WithTimeout(gctx, t.handshakeTimeout())
+			defer cancel()
+			began := time.Now()
+			nc, err := d.Dial(ctx)
+			if i == 0 {
+				far = err == nil && roundTrip(nc, time.Since(began)) >= spreadRTT
+				close(known)
+			}
+			if err != nil && auto && i > 0 {
+				return nil
+			}
+			if err != nil {
+				return fmt.Errorf("dial: %w", err)
+			}
+			if auto && i > 0 {
+				if <-known; !far {
+					return nc.Close()
+				}
+			}
+			if links[i], exports[i], err = t.negotiate(ctx, nc, o.Name, false); err != nil {
+				nc.Close()
+				if auto && i > 0 {
+					links[i] = nil
+					return nil
+				}
+				return err
+			}
+			tuneTCP(nc)
+			return nil
 		})
 	}
 	err := g.Wait()
+	if auto && err == nil { // keep those that came about
+		k := 0
+		for i, l := range links {
+			if l != nil {
+				links[k], exports[k] = l, exports[i]
+				k++
+			}
+		}
+		links, exports = links[:k], exports[:k]
+	}
 	if err == nil && exports[0].Flags&FlagMultiConn == 0 {
 		for i, l := range links[1:] { // the server does not promise that they agree
 			l.disconnect(exports[i+1].Extended)
@@ -75,7 +124,7 @@ func (t *Transport) open(ctx context.Context, d transport.Dialer, o transport.Op
 			err = fmt.Errorf("connections see exports of %d and %d bytes: %w", exports[0].Size, exports[i].Size, region.ErrMismatch)
 		}
 	}
-	c := &Client{export: exports[0], ro: o.ReadOnly || exports[0].Flags&FlagReadOnly != 0, bg: newWindow(o.Window)}
+	c := &Client{export: exports[0], ro: o.ReadOnly || exports[0].Flags&FlagReadOnly != 0, bg: newWindow(o.Window), far: far && len(links) > 1}
 	c.calls.New = func() any { return &call{done: make(chan struct{}, 1)} }
 	for i, l := range links {
 		if err == nil {
@@ -92,21 +141,23 @@ func (t *Transport) open(ctx context.Context, d transport.Dialer, o transport.Op
 	return c, nil
 }
 
-// connect dials and negotiates once, within the handshake's deadline.
-func (t *Transport) connect(ctx context.Context, d transport.Dialer, name string) (*link, Export, error) {
-	ctx, cancel := context.WithTimeout(ctx, t.handshakeTimeout())
-	defer cancel()
-	nc, err := d.Dial(ctx)
-	if err != nil {
-		return nil, Export{}, fmt.Errorf("dial: %w", err)
+// roundTrip is the path's round-trip time: what TCP measured of its own handshake,
+// else the time that dialling took.
+func roundTrip(nc net.Conn, dialled time.Duration) time.Duration {
+	tc, ok := nc.(*net.TCPConn)
+	if !ok {
+		return dialled
 	}
-	l, e, err := t.negotiate(ctx, nc, name, false)
+	raw, err := tc.SyscallConn()
 	if err != nil {
-		nc.Close()
-		return nil, Export{}, err
+		return dialled
 	}
-	tuneTCP(nc)
-	return l, e, nil
+	_ = raw.Control(func(fd uintptr) {
+		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO); err == nil && info.Rtt > 0 {
+			dialled = time.Duration(info.Rtt) * time.Microsecond
+		}
+	})
+	return dialled
 }
 
 // tuneTCP makes a lost peer known within two minutes.
@@ -398,6 +449,9 @@ func (c *Client) transfer(ctx context.Context, cmd command, flags uint16, dst, s
 	piece := int64(demandPiece)
 	if class != region.Demand {
 		piece = backgroundPiece
+	}
+	if c.far {
+		piece = min(piece, max(spreadPiece, region.RoundUp((n+int64(len(c.conns))-1)/int64(len(c.conns)), spreadPiece)))
 	}
 	piece = max(min(piece, c.export.Blocks.Maximum)&^(c.export.Blocks.Minimum-1), c.export.Blocks.Minimum)
 	payload := len(dst) > 0 || len(src) > 0

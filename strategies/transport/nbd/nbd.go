@@ -48,7 +48,7 @@ var _ transport.Transport = (*Transport)(nil)
 // Params are the parameters of transport.Options that users may set.
 func Params() []param.Spec {
 	return []param.Spec{
-		{Name: "connections", Kind: param.KindInt, Default: "1", Min: 1, Max: maxConnections, Doc: "connections that are opened together"},
+		{Name: "connections", Kind: param.KindInt, Default: "0", Min: 0, Max: maxConnections, Doc: "connections that are opened together; 0 is one on a path below 1 ms, else 16, over which requests are spread"},
 		{Name: "window", Kind: param.KindSize, Default: "0", Min: 0, Max: 1 << 30, Doc: "bytes of background requests in flight; 0 follows the path by itself"},
 	}
 }
