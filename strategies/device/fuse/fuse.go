@@ -37,15 +37,15 @@ func Params() []param.Spec {
 		{Name: "read_ahead", Kind: param.KindSize, Default: "1MiB", Max: 1 << 30,
 			Doc: "window of the kernel's read-ahead; one random touch pulls as much, one with MADV_RANDOM a page; above 128KiB needs root, else is 128KiB"},
 		{Name: "max_read", Kind: param.KindSize, Default: "", Min: 4096, Max: 256 << 20,
-			Doc: "largest read request; by default the chunk; the kernel's limit is fs.fuse.max_pages_limit pages"},
+			Doc: "largest read request; by default the chunk, or 512KiB of a store in memory; the kernel's limit is fs.fuse.max_pages_limit pages"},
 		{Name: "max_write", Kind: param.KindSize, Default: "1MiB", Min: 4096, Max: 256 << 20,
 			Doc: "largest write request; same limit"},
 		{Name: "max_background", Kind: param.KindInt, Default: "64", Min: 1, Max: 65535,
 			Doc: "read-ahead and write-back requests that the kernel keeps in flight"},
 		{Name: "fuse_workers", Kind: param.KindInt, Default: "1", Min: 1, Max: 64,
 			Doc: "readers of /dev/fuse, each with a device descriptor of its own"},
-		{Name: "fuse_spin", Kind: param.KindDuration, Default: "0s", Max: int64(time.Second),
-			Doc: "with a store in memory, how long a reader polls before it sleeps; pays where it has a CPU to itself"},
+		{Name: "fuse_spin", Kind: param.KindDuration, Default: "50us", Max: int64(time.Second),
+			Doc: "with a store in memory, how long a reader polls, yielding the CPU, before it sleeps"},
 		{Name: "writeback", Kind: param.KindBool, Default: "false",
 			Doc: "let write(2) end in the page cache too; its errors then come late, by fsync"},
 		{Name: "request_timeout", Kind: param.KindDuration, Default: "30s",
@@ -55,9 +55,11 @@ func Params() []param.Spec {
 
 // Options say how to serve a file.
 type Options struct {
-	Dir      string // an existing folder, in which the mount point is made; absolute
-	Name     string // of the file in it; empty is "region"
-	Chunk    int64  // largest read request in bytes, where Params do not set max_read; 0 is 128 KiB
+	Dir  string // an existing folder, in which the mount point is made; absolute
+	Name string // of the file in it; empty is "region"
+	// Chunk is the largest read request in bytes, where Params do not set
+	// max_read; 0 is 128 KiB. A region.Viewer, whose reads cost no round trip, gets 512 KiB.
+	Chunk    int64
 	ReadOnly bool
 	Params   param.Values // of Params; the zero value means the defaults
 }
@@ -132,11 +134,15 @@ func Open(ctx context.Context, store region.Store, o Options) (*Device, error) {
 	limit := maxPagesLimit()
 	page := region.PageSize()
 	pages := func(n int64) int64 { return max(1, min(n/page, limit)) }
+	viewer, _ := store.(region.Viewer)
+	if viewer != nil {
+		o.Chunk = 512 << 10 // no round trip to keep small
+	}
 	readPages := pages(cmp.Or(o.Params.Size("max_read"), o.Chunk, 128<<10))
 	writePages := pages(o.Params.Size("max_write"))
 	background := o.Params.Int("max_background")
 	d := &Device{
-		store: store, size: store.Size(), readOnly: o.ReadOnly,
+		store: store, viewer: viewer, size: store.Size(), readOnly: o.ReadOnly,
 		timeout: o.Params.Duration("request_timeout"), spin: o.Params.Duration("fuse_spin"),
 		path: filepath.Join(dir, o.Name),
 		attr: attr{size: store.Size(), mode: unix.S_IFREG | 0o600, uid: uint32(os.Geteuid()),
@@ -154,7 +160,6 @@ func Open(ctx context.Context, store region.Store, o Options) (*Device, error) {
 		},
 		done: make(chan struct{}), ready: make(chan error, 1), closed: make(chan struct{}),
 	}
-	d.viewer, _ = store.(region.Viewer)
 	if o.ReadOnly {
 		d.attr.mode = unix.S_IFREG | 0o400
 	}

@@ -100,10 +100,11 @@ func threadRead(fd uintptr, b []byte, stop int, spin time.Duration) (int, error)
 			return 0, e
 		}
 		if spin > 0 {
-			if now := time.Now(); start.IsZero() {
-				start = now
-				continue
-			} else if now.Sub(start) < spin {
+			if start.IsZero() {
+				start = time.Now()
+			}
+			if time.Since(start) < spin {
+				_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) // the workload may share the CPU
 				continue
 			}
 		}
