@@ -103,7 +103,9 @@ func (s *source) listen(_ context.Context, a listenArgs) (l Listening, err error
 
 // accept listens on a free port of addr and calls serve for each connection.
 func (s *source) accept(ctx context.Context, addr string, serve func(net.Conn)) (string, error) {
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", net.JoinHostPort(addr, "0"))
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false) // on by default for listeners; the link is one path
+	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(addr, "0"))
 	if err != nil {
 		return "", err
 	}

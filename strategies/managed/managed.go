@@ -33,7 +33,7 @@ const closeTimeout = time.Minute
 func params() []param.Spec {
 	return []param.Spec{
 		{Name: "order", Kind: param.KindEnum, Default: "linear", Values: chunk.OrderNames(), Doc: "order of background pulls"},
-		{Name: "pull_first", Kind: param.KindSize, Default: "0", Doc: "bytes at the region's start that are local before the device is opened"},
+		{Name: "pull_first", Kind: param.KindSize, Default: "128KiB", Doc: "bytes at the region's start that are local before the device is opened"},
 		{Name: "extent", Kind: param.KindSize, Default: "512KiB", Min: 4096, Max: 32 << 20, Doc: "most bytes in one request, pull or push"},
 		{Name: "window", Kind: param.KindSize, Default: "0", Max: 1 << 30, Doc: "bytes of background pulls in flight; at least bandwidth x RTT fills the link; 0 is pull workers x extent"},
 		{Name: "push_interval", Kind: param.KindDuration, Default: "1s", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "pause between background pushes"},
