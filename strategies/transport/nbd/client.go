@@ -86,7 +86,8 @@ func (t *Transport) open(ctx context.Context, d transport.Dialer, o transport.Op
 			}
 			if auto && i > 0 {
 				if <-known; !far {
-					return nc.Close()
+					nc.Close()
+					return nil
 				}
 			}
 			if links[i], exports[i], err = t.negotiate(ctx, nc, o.Name, false); err != nil {

@@ -428,7 +428,7 @@ func (t *Transport) List(ctx context.Context, conn net.Conn) (names []string, er
 		l.join()
 		end()
 	}()
-	opts := appendOption(appendOption(nil, optList, nil), optAbort, nil)
+	opts := appendOption(nil, optList, nil)
 	if t.ClientTLS != nil {
 		if err := l.startTLS(ctx, t.ClientTLS); err != nil {
 			return nil, fmt.Errorf("list NBD exports: %w", err)
@@ -451,8 +451,14 @@ func (t *Transport) List(ctx context.Context, conn net.Conn) (names []string, er
 	if err == nil && r.typ != repAck {
 		err = r.err(optList)
 	}
+	if err == nil {
+		err = l.join()
+	}
 	if err != nil {
 		return nil, fmt.Errorf("list NBD exports: %w", err)
 	}
+	// Not together with the list: nbd-server then resets the connection before
+	// its answer is read.
+	l.conn.Write(appendOption(nil, optAbort, nil))
 	return names, nil
 }

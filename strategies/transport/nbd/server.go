@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -157,11 +158,13 @@ func (s *session) run(ctx context.Context) error {
 // the client leaves (false).
 func (s *session) handshake(ctx context.Context) (proceed bool, err error) {
 	hello := be.AppendUint16(be.AppendUint64(be.AppendUint64(nil, magicInit), magicOption), flagFixedNewstyle|flagNoZeroes)
-	if _, err := s.l.conn.Write(hello); err != nil {
-		return false, err
+	_, err = s.l.conn.Write(hello)
+	if err == nil {
+		err = s.l.need(4, 0)
 	}
-	if err := s.l.need(4, 0); err != nil {
-		if err == io.EOF && len(s.l.buffered()) == 0 {
+	if err != nil {
+		gone := err == io.EOF || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+		if gone && len(s.l.buffered()) == 0 {
 			return false, nil // looked and left
 		}
 		return false, err
