@@ -86,15 +86,18 @@ type Device struct {
 	want        initOut
 	requestSize int64 // of the largest request, a WRITE, in bytes
 
-	ctx    context.Context // ends when requests shall fail
-	cancel context.CancelFunc
-	ports  []*port
-	spin   time.Duration // how long a reading thread polls before it sleeps
-	stop   *os.File      // an eventfd that ends reading threads
-	bufs   pool
-	wg     sync.WaitGroup // serve loops and handlers
-	done   chan struct{}  // closed when wg is down to 0
-	ready  chan error     // result of FUSE_INIT
+	ctx     context.Context // ends when requests shall fail
+	cancel  context.CancelFunc
+	ports   []*port
+	spin    time.Duration // how long a reading thread polls before it sleeps
+	stop    *os.File      // an eventfd that ends reading threads
+	bufs    pool
+	loops   sync.WaitGroup
+	workers sync.WaitGroup
+	jobs    chan func()   // to an idle worker
+	quit    chan struct{} // closed when the loops have ended
+	done    chan struct{} // closed when the workers have ended too
+	ready   chan error    // result of FUSE_INIT
 
 	inflight inflight
 	counters struct {
@@ -158,6 +161,7 @@ func Open(ctx context.Context, store region.Store, o Options) (*Device, error) {
 			// read-ahead when it is.
 			maxBackground: uint16(background), congestion: uint16(background),
 		},
+		jobs: make(chan func()), quit: make(chan struct{}),
 		done: make(chan struct{}), ready: make(chan error, 1), closed: make(chan struct{}),
 	}
 	if o.ReadOnly {
@@ -209,7 +213,12 @@ func (d *Device) start(ctx context.Context, o Options, maxRead int64) (err error
 	}
 	d.ports = []*port{first}
 	d.serve(first)
-	go func() { d.wg.Wait(); close(d.done) }()
+	go func() {
+		d.loops.Wait()
+		close(d.quit)
+		d.workers.Wait()
+		close(d.done)
+	}()
 	if err = d.handshake(ctx, o); err != nil {
 		_ = d.Close(ctx)
 	}

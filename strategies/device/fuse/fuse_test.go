@@ -261,8 +261,8 @@ func TestKilledWorkload(t *testing.T) {
 	case <-time.After(5 * time.Second):
 		t.Fatal("a killed workload still waits for the store")
 	}
-	if d.Stats().Interrupts == 0 {
-		t.Error("no interrupt was seen")
+	if n := d.Stats().Interrupts; n == 0 || n > 20 { // each is told once, not asked for in a loop
+		t.Errorf("%d interrupts", n)
 	}
 }
 
@@ -502,9 +502,11 @@ func FuzzDispatch(f *testing.F) {
 			t.Fatal(err)
 		}
 		m := newMem(5000, content)
-		d := &Device{store: m, size: 5000, ctx: context.Background(), ready: make(chan error, 1), bufs: pool{keep: 4}}
+		d := &Device{store: m, size: 5000, ctx: context.Background(), ready: make(chan error, 1), bufs: pool{keep: 4},
+			jobs: make(chan func()), quit: make(chan struct{})}
 		d.dispatch(&port{null, rc}, h, body, append([]byte(nil), b...))
-		d.wg.Wait()
+		close(d.quit)
+		d.workers.Wait()
 		for _, e := range m.reads {
 			if e.n > 5000 {
 				t.Fatal(e)

@@ -151,17 +151,17 @@ func (p *port) write(code int32, unique uint64, a, b []byte) error {
 const lead = 4096 - inHeaderSize - rwInSize
 
 // serve starts the loop that answers requests of p. What must not wait for the
-// store is answered in the loop; the rest in a goroutine each. The kernel bounds
+// store is answered in the loop; the rest in a worker each. The kernel bounds
 // their number: max_background and one per thread of the workload.
 //
 // Where the store has views the loop answers reads itself and has a thread of
 // its own. Else it is a goroutine that waits in the runtime's poller: then the
-// handlers run on the same thread as soon as it parks.
+// workers run on the same thread as soon as it parks.
 func (d *Device) serve(p *port) {
 	stop := int(d.stop.Fd())
-	d.wg.Add(1)
+	d.loops.Add(1)
 	go func() {
-		defer d.wg.Done()
+		defer d.loops.Done()
 		if d.viewer == nil {
 			d.loop(p, p.read)
 			return
@@ -207,33 +207,34 @@ func (d *Device) dispatch(p *port, h header, body []byte, b []byte) bool {
 					return false
 				}
 			}
-			d.async(func() { d.read(p, h, r) })
+			d.async(p, h, func(q *request) { d.read(p, q, r) })
 			return false
 		}
 		d.answer(p, h, errno, nil)
 	case opWrite:
 		r, data, errno := parseRW(body)
 		if errno == 0 {
-			d.async(func() { d.write(p, h, r, data); d.bufs.put(b) })
+			d.async(p, h, func(q *request) { d.write(p, q, r, data); d.bufs.put(b) })
 			return true
 		}
 		d.answer(p, h, errno, nil)
 	case opFsync, opSyncfs:
-		d.async(func() {
+		d.async(p, h, func(q *request) {
 			d.counters.flushes.Add(1)
-			d.answer(p, h, d.call(h, d.store.Flush), nil)
+			d.answer(p, h, d.call(q, d.store.Flush), nil)
 		})
 	case opInterrupt:
 		if len(body) < 8 {
 			return false
 		}
 		d.counters.interrupts.Add(1)
-		if r := d.inflight.get(le.Uint64(body)); r != nil {
-			d.async(r.watch)
+		if q := d.inflight.get(le.Uint64(body)); q != nil {
+			d.work(q.watch)
 		} else {
-			// Perhaps it was read and is not registered yet: the kernel
-			// sends this again, unless the request was answered.
+			// Perhaps another port has read it and not registered it yet:
+			// the kernel sends this again, unless the request was answered.
 			_ = p.reply(h.unique, unix.EAGAIN, nil, nil)
+			runtime.Gosched()
 		}
 	case opForget, opBatchForget, opNotifyReply: // no answer
 	case opInit:
@@ -261,9 +262,35 @@ func (d *Device) dispatch(p *port, h header, body []byte, b []byte) bool {
 	return false
 }
 
-func (d *Device) async(f func()) {
-	d.wg.Add(1) // the loop that calls us holds one, so it is not 0
-	go func() { defer d.wg.Done(); f() }()
+// async registers a request and has f serve it in a worker.
+func (d *Device) async(p *port, h header, f func(*request)) {
+	q := d.inflight.add(d.ctx, h, d.timeout)
+	d.work(func() {
+		f(q)
+		d.inflight.remove(q) // after the answer: until then an INTERRUPT must find it
+	})
+}
+
+// work runs f in an idle worker or a new one. Workers stay until the loops end,
+// as growing the stack of a new goroutine took 7 % of a 4 KiB read.
+func (d *Device) work(f func()) {
+	select {
+	case d.jobs <- f:
+		return
+	default:
+	}
+	d.workers.Add(1) // the loop that calls us still runs, so nobody waits yet
+	go func() {
+		defer d.workers.Done()
+		for {
+			f()
+			select {
+			case f = <-d.jobs:
+			case <-d.quit:
+				return
+			}
+		}
+	}()
 }
 
 // answer sends a reply. A reply that the kernel does not take (a view whose
@@ -287,16 +314,14 @@ func (d *Device) fail(err error) {
 	d.lastErr.Store(&err)
 }
 
-// call runs f with the request's context: it ends at the deadline, at Close, and
-// when the workload's thread is killed.
-func (d *Device) call(h header, f func(context.Context) error) syscall.Errno {
-	r := d.inflight.add(d.ctx, h, d.timeout)
-	err := f(r.ctx)
-	d.inflight.remove(r)
+// call runs f with the request's context, which ends at the deadline, at Close,
+// and when the workload's thread is killed.
+func (d *Device) call(q *request, f func(context.Context) error) syscall.Errno {
+	err := f(q.ctx)
 	switch {
 	case err == nil:
 		return 0
-	case r.killed.Load():
+	case q.killed.Load():
 		return unix.EINTR
 	}
 	d.fail(err)
@@ -306,10 +331,10 @@ func (d *Device) call(h header, f func(context.Context) error) syscall.Errno {
 	return unix.EIO
 }
 
-func (d *Device) read(p *port, h header, r rw) {
+func (d *Device) read(p *port, q *request, r rw) {
 	b := d.bufs.get(r.n)
 	data := b[:r.n]
-	errno := d.call(h, func(ctx context.Context) error {
+	errno := d.call(q, func(ctx context.Context) error {
 		if err := d.store.ReadAt(ctx, data, r.off); err != nil {
 			return fmt.Errorf("read %d bytes at %d: %w", r.n, r.off, err)
 		}
@@ -319,23 +344,23 @@ func (d *Device) read(p *port, h header, r rw) {
 	if errno == 0 {
 		d.counters.readBytes.Add(r.n)
 	}
-	d.answer(p, h, errno, data)
+	d.answer(p, q.header, errno, data)
 	d.bufs.put(b)
 }
 
-func (d *Device) write(p *port, h header, r rw, data []byte) {
+func (d *Device) write(p *port, q *request, r rw, data []byte) {
 	n := min(r.n, int64(len(data)))
 	room := d.size - r.off
 	switch {
 	case d.readOnly:
-		d.answer(p, h, unix.EROFS, nil)
+		d.answer(p, q.header, unix.EROFS, nil)
 		return
 	case n > room && r.flags&writeCache == 0:
-		d.answer(p, h, unix.EFBIG, nil) // the file does not grow
+		d.answer(p, q.header, unix.EFBIG, nil) // the file does not grow
 		return
 	}
 	data = data[:max(0, min(n, room))] // a written-back page may reach past the end
-	errno := d.call(h, func(ctx context.Context) error {
+	errno := d.call(q, func(ctx context.Context) error {
 		if err := d.store.WriteAt(ctx, data, r.off); err != nil {
 			return fmt.Errorf("write %d bytes at %d: %w", len(data), r.off, err)
 		}
@@ -347,7 +372,7 @@ func (d *Device) write(p *port, h header, r rw, data []byte) {
 	}
 	out := make([]byte, 8)
 	le.PutUint32(out, uint32(n))
-	d.answer(p, h, errno, out)
+	d.answer(p, q.header, errno, out)
 }
 
 // setattr refuses a new size; times are taken and forgotten.
