@@ -26,7 +26,7 @@ func Linear(chunks, _ int64) iter.Seq[Range] {
 // Reverse pulls extents from the last to the first; within one, upwards.
 func Reverse(chunks, extent int64) iter.Seq[Range] {
 	return func(yield func(Range) bool) {
-		for hi := chunks; hi > 0 && yield(Range{max(0, hi-extent), hi}); hi -= extent {
+		for lo := (chunks - 1) / extent * extent; lo >= 0 && chunks > 0 && yield(Range{lo, min(lo+extent, chunks)}); lo -= extent {
 		}
 	}
 }

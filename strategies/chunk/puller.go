@@ -58,17 +58,15 @@ func StartPuller(s *Syncer, o PullOptions) *Puller {
 	if o.Order == nil {
 		o.Order = Linear
 	}
-	workers := int64(max(o.Workers, 0))
+	workers := max(o.Workers, 0)
 	if o.Window <= 0 {
-		o.Window = max(workers, 1) * s.maxExtent << s.shift
+		o.Window = max(int64(workers), 1) * s.maxExtent << s.shift
 	}
 	p := &Puller{s: s, grow: 1, done: make(chan struct{}), window: semaphore.NewWeighted(max(1, o.Window>>s.shift))}
 	p.next, p.stop = iter.Pull(o.Order(s.n, s.maxExtent))
 	ctx, cancel := context.WithCancel(region.WithClass(context.Background(), region.Prefetch))
 	p.cancel = cancel
-	for range workers {
-		p.wg.Go(func() { p.work(ctx, max(1, o.Window>>s.shift)) })
-	}
+	p.more(ctx, workers, max(1, o.Window>>s.shift))
 	go func() {
 		p.wg.Wait()
 		p.stop()
@@ -89,7 +87,15 @@ func (p *Puller) Close() {
 	<-p.done
 }
 
-func (p *Puller) work(ctx context.Context, window int64) {
+// more starts the given number of workers, each when the one before is about to
+// make its first request: thus the first requests leave in order.
+func (p *Puller) more(ctx context.Context, workers int, window int64) {
+	if workers > 0 {
+		p.wg.Go(func() { p.work(ctx, workers-1, window) })
+	}
+}
+
+func (p *Puller) work(ctx context.Context, rest int, window int64) {
 	for {
 		n := p.size(window)
 		if p.window.Acquire(ctx, n) != nil {
@@ -100,6 +106,8 @@ func (p *Puller) work(ctx context.Context, window int64) {
 			p.window.Release(n)
 			return
 		}
+		p.more(ctx, rest, window)
+		rest = 0
 		again := p.fetch(ctx, lo, hi, stamp)
 		for pause := minBackoff; again && sleep(ctx, pause); pause = min(2*pause, maxBackoff) {
 			p.retries.Add(1)
@@ -127,7 +135,7 @@ func (p *Puller) claim(n int64) (lo, hi int64, stamp uint32) {
 	defer p.mu.Unlock()
 	for {
 		for p.todo.Lo < p.todo.Hi {
-			lo, hi, stamp = p.s.claim(p.todo.Lo, p.todo.Hi, n)
+			lo, hi, stamp = p.s.claim(p.todo.Lo, p.todo.Hi, n, region.Prefetch)
 			p.todo.Lo = hi
 			if lo < hi {
 				return lo, hi, stamp
@@ -155,7 +163,7 @@ func (p *Puller) fetch(ctx context.Context, lo, hi int64, stamp uint32) (again b
 // refetch fetches what is still remote in [lo, hi).
 func (p *Puller) refetch(ctx context.Context, lo, hi int64) (again bool) {
 	for lo < hi {
-		from, to, stamp := p.s.claim(lo, hi, hi-lo)
+		from, to, stamp := p.s.claim(lo, hi, hi-lo, region.Prefetch)
 		if from < to && p.fetch(ctx, from, to, stamp) {
 			again = true
 		}

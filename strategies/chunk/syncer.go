@@ -25,13 +25,15 @@ const (
 )
 
 // The word of a chunk: 2 bits of State (Remote to Local), a bit that says that
-// somebody waits for it to become local, and the time when it was asked for.
+// somebody waits for it to become local, one that it was asked for as Demand,
+// and the time when.
 const (
 	wordState  = 3
 	wordWaited = 4
-	stampShift = 3
+	wordDemand = 8
+	stampShift = 4
 	stampMask  = 1<<(32-stampShift) - 1
-	stampUnit  = 16 // log2 of ns: 65.5 us, so that the stamp wraps after 9.7 h
+	stampUnit  = 16 // log2 of ns: 65.5 us, so that the stamp wraps after 4.9 h
 )
 
 // Syncer is a local cache over a remote store: reads pull what the cache lacks,
@@ -45,7 +47,7 @@ const (
 //
 // A read of a chunk that was asked for already waits for it; where the request
 // is a long background one, it asks again, for that chunk alone and as Demand,
-// once that is likely to be quicker.
+// once that is likely to be quicker. Such requests make up at most 1/64 of the bytes.
 //
 // The Syncer has no goroutines of its own but for such repeated requests.
 // Close closes neither store.
@@ -62,7 +64,7 @@ type Syncer struct {
 	bufs          sync.Pool
 	waits         [64]waits
 
-	demandTime, prefetchTime atomic.Int64 // moving averages of a request's time, ns; 0: none yet
+	demandTime, prefetchTime atomic.Int64 // how long requests take, ns; 0: none yet
 	stats                    syncStats
 
 	ctx    context.Context // ends at Close
@@ -270,9 +272,12 @@ func (s *Syncer) Close() error {
 
 // claim takes the first run of remote chunks in [lo, hi), at most limit long,
 // and makes it Pulling. It returns an empty run where there is none.
-func (s *Syncer) claim(lo, hi, limit int64) (from, to int64, stamp uint32) {
+func (s *Syncer) claim(lo, hi, limit int64, class region.Class) (from, to int64, stamp uint32) {
 	stamp = s.stamp()
 	pulling := uint32(Pulling) | stamp<<stampShift
+	if class == region.Demand {
+		pulling |= wordDemand
+	}
 	for from = lo; from < hi && !s.claimOne(from, pulling); {
 		from++
 	}
@@ -327,7 +332,7 @@ func (s *Syncer) release(lo, hi int64, stamp uint32) {
 	for i := lo; i < hi; i++ {
 		for w := &s.words[i]; ; {
 			old := w.Load()
-			if old&^wordWaited != uint32(Pulling)|stamp<<stampShift {
+			if old&^(wordWaited|wordDemand) != uint32(Pulling)|stamp<<stampShift {
 				break
 			}
 			if w.CompareAndSwap(old, uint32(Remote)) {
@@ -353,13 +358,29 @@ func (s *Syncer) wake(idx int64) {
 // ensure returns once chunks [lo, hi) were all local, and pulls those that nobody has asked for.
 func (s *Syncer) ensure(ctx context.Context, lo, hi int64) error {
 	for !s.present(lo, hi) {
-		if err := s.pullMissing(ctx, lo, hi); err != nil {
-			return err
-		}
-		for i := lo; i < hi; i++ {
-			if err := s.await(ctx, i); err != nil {
+		from, to, stamp := s.claim(lo, hi, s.maxExtent, region.ClassOf(ctx))
+		if from == lo && to == hi { // one request is all it takes
+			if err := s.fetch(ctx, lo, hi, stamp); err != nil {
 				return err
 			}
+			continue
+		}
+		var requests int
+		errs := make(chan error)
+		for from < to {
+			go func(from, to int64, stamp uint32) { errs <- s.fetch(ctx, from, to, stamp) }(from, to, stamp)
+			requests++
+			from, to, stamp = s.claim(to, hi, s.maxExtent, region.ClassOf(ctx))
+		}
+		var err error
+		for i := lo; i < hi && err == nil; i++ {
+			err = s.await(ctx, i)
+		}
+		for range requests {
+			err = errors.Join(err, <-errs)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
@@ -399,34 +420,6 @@ func (s *Syncer) Stats() Stats {
 		DroppedBytes: c.droppedBytes.Load(), Repeated: c.hedges.Load()}
 }
 
-// pullMissing asks for all chunks in [lo, hi) that are remote, in parallel, and waits for those.
-func (s *Syncer) pullMissing(ctx context.Context, lo, hi int64) error {
-	type run struct {
-		lo, hi int64
-		stamp  uint32
-	}
-	var runs []run
-	for lo < hi {
-		from, to, stamp := s.claim(lo, hi, s.maxExtent)
-		if from < to {
-			runs = append(runs, run{from, to, stamp})
-		}
-		lo = to
-	}
-	if len(runs) == 0 {
-		return nil
-	}
-	errs := make(chan error, len(runs))
-	for _, r := range runs[1:] {
-		go func() { errs <- s.fetch(ctx, r.lo, r.hi, r.stamp) }()
-	}
-	err := s.fetch(ctx, runs[0].lo, runs[0].hi, runs[0].stamp)
-	for range runs[1:] {
-		err = errors.Join(err, <-errs)
-	}
-	return err
-}
-
 // fetch reads chunks [lo, hi), claimed with stamp, from the remote store and
 // fills in those that are still wanted. On an error it releases them.
 func (s *Syncer) fetch(ctx context.Context, lo, hi int64, stamp uint32) error {
@@ -439,11 +432,11 @@ func (s *Syncer) fetch(ctx context.Context, lo, hi int64, stamp uint32) error {
 	begun := time.Now()
 	err := s.remote.ReadAt(ctx, (*buf)[:n], s.at(lo))
 	if err == nil {
-		average, requests, bytes := &s.demandTime, &s.stats.demandRequests, &s.stats.demandBytes
+		recent, requests, bytes := &s.demandTime, &s.stats.demandRequests, &s.stats.demandBytes
 		if region.ClassOf(ctx) != region.Demand {
-			average, requests, bytes = &s.prefetchTime, &s.stats.prefetchRequests, &s.stats.prefetchBytes
+			recent, requests, bytes = &s.prefetchTime, &s.stats.prefetchRequests, &s.stats.prefetchBytes
 		}
-		observe(average, time.Since(begun))
+		observe(recent, time.Since(begun))
 		requests.Add(1)
 		bytes.Add(n)
 		err = s.fill(ctx, lo, hi, (*buf)[:n])
@@ -458,13 +451,14 @@ func (s *Syncer) fetch(ctx context.Context, lo, hi int64, stamp uint32) error {
 	return nil
 }
 
-// observe adds one measurement to a moving average of about the last 8.
-func observe(average *atomic.Int64, d time.Duration) {
-	old := average.Load()
-	if old == 0 {
-		old = int64(d)
+// observe follows the time of requests: up at once, since a queue that fills
+// makes each later than the one before, and down by an eighth of the difference.
+func observe(recent *atomic.Int64, d time.Duration) {
+	old := recent.Load()
+	if int64(d) < old {
+		d = time.Duration(old - (old-int64(d))/8)
 	}
-	average.Store(old + (int64(d)-old)/8) // a lost update between two threads does no harm
+	recent.Store(int64(d)) // a lost update between two threads does no harm
 }
 
 func (s *Syncer) buffer(n int64) *[]byte {
@@ -505,11 +499,12 @@ func (s *Syncer) await(ctx context.Context, idx int64) error {
 	if w == nil {
 		return nil
 	}
+	var timer *time.Timer
 	var late <-chan time.Time
 	if State(old&wordState) == Pulling {
-		t := time.NewTimer(s.patience(old >> stampShift))
-		defer t.Stop()
-		late = t.C
+		timer = time.NewTimer(s.patience(old))
+		defer timer.Stop()
+		late = timer.C
 	}
 	var hedge <-chan error
 	for {
@@ -517,6 +512,10 @@ func (s *Syncer) await(ctx context.Context, idx int64) error {
 		case <-w.done:
 			return nil
 		case <-late:
+			if !s.maySpend() {
+				timer.Reset(s.patience(old) + minBackoff)
+				continue
+			}
 			var stop context.CancelFunc
 			hedge, stop = s.hedge(ctx, idx, w)
 			defer stop()
@@ -555,21 +554,32 @@ func (s *Syncer) enqueue(idx int64) (*wait, uint32) {
 	}
 }
 
-// patience is how long to wait for a chunk that was asked for at stamp before
-// asking again. Nothing is known before the first requests are back; then: at
-// once, if the request is so young that a demand request will overtake it; else
-// well beyond the time at which it is due, since asking twice costs bytes.
-func (s *Syncer) patience(stamp uint32) time.Duration {
-	age := time.Duration((s.stamp()-stamp)&stampMask) << stampUnit
-	demand, prefetch := time.Duration(s.demandTime.Load()), time.Duration(s.prefetchTime.Load())
-	if prefetch == 0 && demand == 0 {
-		return 50 * time.Millisecond
-	}
-	due := max(prefetch, demand) - age
-	if demand > 0 && due > demand*3/2+time.Millisecond {
+// patience is how long to wait for the chunk with this word before asking again.
+// A background request is given no time if it is so young that a demand request
+// will overtake it; else requests are given until well beyond the time at which
+// they are due, since asking twice costs bytes. While nothing is known of
+// background requests, one chunk twice is a small price for the first bytes.
+func (s *Syncer) patience(word uint32) time.Duration {
+	age := time.Duration((s.stamp()-word>>stampShift)&stampMask) << stampUnit
+	demand, due := time.Duration(s.demandTime.Load()), time.Duration(s.prefetchTime.Load())
+	switch {
+	case word&wordDemand != 0 && demand == 0:
+		return time.Second
+	case word&wordDemand != 0:
+		due = demand
+	case due == 0:
+		return 2 * time.Millisecond
+	case demand > 0 && due-age > demand*3/2+time.Millisecond:
 		return 0
 	}
-	return 2*max(due, 0) + 2*demand + 10*time.Millisecond
+	return 2*max(due-age, 0) + 2*demand + 10*time.Millisecond
+}
+
+// maySpend reports whether another repeated request keeps their bytes at no
+// more than 1/64 of all, and a few chunks.
+func (s *Syncer) maySpend() bool {
+	pulled := s.stats.demandBytes.Load() + s.stats.prefetchBytes.Load()
+	return s.stats.hedges.Load()<<s.shift <= pulled/64+4<<s.shift
 }
 
 // hedge asks for chunk idx again, once for all who wait for it. The request
@@ -591,7 +601,7 @@ func (s *Syncer) hedge(ctx context.Context, idx int64, w *wait) (<-chan error, c
 	s.stats.hedges.Add(1)
 	go func() {
 		defer s.hedges.Done()
-		err := s.fetch(ctx, idx, idx+1, stampMask) // a stamp that releases nothing, but for once in 9.7 h
+		err := s.fetch(ctx, idx, idx+1, stampMask) // a stamp that releases nothing, but for once in 4.9 h
 		if err != nil {
 			sh.mu.Lock()
 			w.hedged = false

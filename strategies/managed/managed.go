@@ -108,7 +108,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if err := m.pusher.Pull(region.WithClass(ctx, region.Prefetch), 0, first); err != nil {
 		return nil, fmt.Errorf("pull the first %d bytes: %w", first, err)
 	}
-	m.dev, err = device.Open(ctx, o.Device, m.pusher, device.Options{Dir: o.Dir, ReadOnly: o.ReadOnly, Params: p})
+	m.dev, err = device.Open(ctx, o.Device, m.pusher, device.Options{Dir: o.Dir, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: p})
 	if err != nil {
 		return nil, err
 	}
