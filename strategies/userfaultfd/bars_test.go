@@ -97,11 +97,15 @@ func benchLink(b *testing.B, sourceCPU, daemonCPU, workloadCPU []int, op string,
 		b.ReportMetric(float64(f)/1e3, "floor_rr-us")
 		b.ReportMetric(float64(fw)/1e3, "floor_wake-us")
 		b.ReportMetric(float64(g-f)/float64(fw), "x-floor_wake-above-rr")
+		b.ReportMetric(float64(got[0]-floors[0])/float64(wakes[0]), "x-of-minima")
+		b.ReportMetric(float64(got[0])/1e3, "min-us")
+		b.ReportMetric(float64(floors[0])/1e3, "min-rr-us")
 		return
 	}
 	b.ReportMetric(size/g.Seconds()/1e9, "GB/s")
 	b.ReportMetric(size/f.Seconds()/1e9, "floor_tcp-GB/s")
 	b.ReportMetric(float64(f)/float64(g), "of-floor")
+	b.ReportMetric(float64(floors[0])/float64(got[0]), "of-floor-minima")
 }
 
 // startPair starts workload and daemon, with pipes between them for floor_wake.
@@ -194,6 +198,7 @@ func benchLocal(b *testing.B, daemonCPU, workloadCPU []int, op string, settings 
 	b.ReportMetric(size/g.Seconds()/1e9, "GB/s")
 	b.ReportMetric(size/f.Seconds()/1e9, fmt.Sprintf("floor_fill%d-GB/s", threads))
 	b.ReportMetric(float64(f)/float64(g), "of-floor")
+	b.ReportMetric(float64(floors[0])/float64(got[0]), "of-floor-minima")
 }
 
 func median(ns []int64) time.Duration {

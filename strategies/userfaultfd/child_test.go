@@ -18,6 +18,7 @@ import (
 	"time"
 	"unsafe"
 
+	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"memsync/strategies"
@@ -37,7 +38,16 @@ const roleEnv = "MEMSYNC_UFFD_TEST_ROLE"
 func TestMain(m *testing.M) {
 	switch os.Getenv(roleEnv) {
 	case "":
-		os.Exit(m.Run())
+		code := m.Run()
+		if err := goleak.Find(); err != nil && code == 0 {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+		if left := descriptors(); len(left) > 0 && code == 0 {
+			fmt.Fprintln(os.Stderr, "descriptors leaked:", left)
+			code = 1
+		}
+		os.Exit(code)
 	case "workload":
 		serveRole(&workload{})
 	case "daemon":
@@ -45,6 +55,18 @@ func TestMain(m *testing.M) {
 	case "source":
 		serveRole(source{})
 	}
+}
+
+// descriptors lists what is open of the kinds that these tests make.
+func descriptors() (open []string) {
+	entries, _ := os.ReadDir("/proc/self/fd")
+	for _, e := range entries {
+		if to, err := os.Readlink("/proc/self/fd/" + e.Name()); err == nil &&
+			(strings.Contains(to, "userfaultfd") || strings.Contains(to, "memfd") || strings.Contains(to, "socket:")) {
+			open = append(open, to)
+		}
+	}
+	return open
 }
 
 // request is what a child is asked for; reply its answer. One file may go along.
@@ -467,7 +489,7 @@ func (d *daemon) do(q request, f *os.File) (a reply, out *os.File) {
 		if r, err = (remote{st}).Open(context.Background()); err == nil {
 			runtime.LockOSThread()
 			buf := make([]byte, 4096)
-			for i := range q.N {
+			for _, i := range rand.New(rand.NewPCG(1, 1)).Perm(int(q.Len / 4096))[:q.N] {
 				t := time.Now()
 				if err = r.ReadAt(context.Background(), buf, int64(i)*4096); err != nil {
 					break

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -122,6 +123,33 @@ func TestFaultAround(t *testing.T) {
 	x.w.ask(request{Op: "read", Off: 131072, Len: 1, N: 1, Content: content})
 	if st := x.Stats(); st.DemandRequests != 2 {
 		t.Errorf("%+v", st)
+	}
+}
+
+// still is a store whose reads allocate nothing.
+type still struct{ *store }
+
+func (s still) View(int64, int64) ([]byte, bool) { return nil, false }
+func (s still) ReadAt(_ context.Context, p []byte, off int64) error {
+	s.content.Fill(p, off)
+	return nil
+}
+
+// TestNoAllocations: a fault allocates nothing (docs/deadlocks.md, case 2).
+func TestNoAllocations(t *testing.T) {
+	for name, s := range map[string]region.Store{"view": newStore(content, 16<<20).view(true), "copy": still{newStore(content, 16<<20)}} {
+		x := mountTo(t, s, "fault_around=8KiB")
+		read := func(off, n int64) {
+			x.w.ask(request{Op: "read", Off: off, Len: n, N: 4096, Content: content})
+		}
+		read(0, 1<<20)
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		read(1<<20, 15<<20)
+		runtime.ReadMemStats(&after)
+		if faults, n := x.Stats().Faults-128, after.Mallocs-before.Mallocs; faults < 1900 || n > uint64(faults)/4 {
+			t.Errorf("%s: %d allocations in %d faults", name, n, faults)
+		}
 	}
 }
 

@@ -29,11 +29,17 @@ const (
 )
 
 // Options of a Server. Sizes are bytes.
+//
+// Poll is how long a handler looks for the next fault before it sleeps, which
+// saves a wake-up but burns its CPU. It does so only where the thread that
+// faulted is pinned to CPUs that the handler may not use (else the two would
+// compete, or be kept from sharing a CPU, where a wake-up costs a third), and
+// where it has paid lately. That takes UFFD_FEATURE_THREAD_ID and Linux 6.10.
 type Options struct {
 	PageSize    int64         // of the mapping, a power of two; 0 means the MMU's
 	FaultAround int64         // a fault fills the aligned block of this size; a multiple of PageSize; 0 means PageSize
 	Handlers    int           // threads that answer faults; 0 means 1
-	Poll        time.Duration // see below; 0 means never
+	Poll        time.Duration // see above; 0 means never
 	Deadline    time.Duration // of each read of the store, 12 % late at most; 0 means 30 s
 	Prefetch    Prefetch
 	Window      int64    // most bytes ahead of a sequential reader; 0 means 4 MiB
@@ -41,12 +47,6 @@ type Options struct {
 	Copiers     int      // background pulls in flight; 0 means 16 (2 where the store is a region.Viewer)
 	Memfd       *os.File // not nil: fill by writing this file and UFFDIO_CONTINUE; stays the caller's
 }
-
-// Poll is how long a handler looks for the next fault before it sleeps, which
-// saves a wake-up but burns its CPU. It does so only where the thread that
-// faulted is pinned to CPUs that the handler may not use (else the two would
-// compete, or be kept from sharing a CPU, where a wake-up costs a third), and
-// where it has paid lately. That takes UFFD_FEATURE_THREAD_ID and Linux 6.10.
 
 // Stats of a Server: counts and bytes since it was started.
 type Stats struct {
@@ -75,7 +75,7 @@ type Server struct {
 	ctx      context.Context // ends with Close
 	cancel   context.CancelFunc
 	stopping atomic.Bool
-	polling  atomic.Bool // some handler polls
+	baton    baton // of the handler that reads the next event
 	handlers []*worker
 	threads  sync.WaitGroup // handlers, copiers and the watchdog
 	closing  sync.Once
@@ -105,6 +105,7 @@ type worker struct {
 	tid   atomic.Int64
 	done  chan struct{}
 
+	baton  bool   // it has the baton
 	misses int    // polls in vain since the last that paid
 	ptid   uint32 // of the thread whose fault was the last
 	apart  bool   // that thread cannot run on the CPUs of this one
@@ -263,7 +264,15 @@ func (s *Server) handle(w *worker) {
 	w.tid.Store(int64(unix.Gettid()))
 	defer unix.Munmap(w.buf)
 	var msg Msg
-	for !s.stopping.Load() {
+	for {
+		if !w.baton {
+			s.baton.lock()
+			w.baton = true
+		}
+		if s.stopping.Load() {
+			s.baton.unlock()
+			return
+		}
 		switch e := s.nextEvent(w, &msg); e {
 		case 0:
 			if msg.Event == UFFD_EVENT_PAGEFAULT {
@@ -271,6 +280,7 @@ func (s *Server) handle(w *worker) {
 			}
 		case unix.EAGAIN, unix.EINTR: // Close made it non-blocking; or a signal came
 		default:
+			s.baton.unlock()
 			// Nobody would answer any more: rather errors than a hang.
 			s.fail(fmt.Errorf("read userfaultfd: %w", e))
 			if _, err := poison(s.fd, s.base, s.length, s.page); err != nil {
@@ -284,7 +294,7 @@ func (s *Server) handle(w *worker) {
 const rwfNowait = 8 // RWF_NOWAIT
 
 // nextEvent waits for the next event: by polling for up to o.Poll where that
-// has paid lately, one handler at a time, then asleep.
+// has paid lately, then asleep. w has the baton.
 func (s *Server) nextEvent(w *worker, msg *Msg) unix.Errno {
 	if w.misses < pollMisses || w.misses%pollRetry == 0 {
 		if e := s.poll(w, msg); e != unix.EAGAIN {
@@ -304,10 +314,9 @@ func (s *Server) nextEvent(w *worker, msg *Msg) unix.Errno {
 const pollMisses, pollRetry = 4, 32
 
 func (s *Server) poll(w *worker, msg *Msg) unix.Errno {
-	if s.o.Poll <= 0 || !w.apart || !s.polling.CompareAndSwap(false, true) {
+	if s.o.Poll <= 0 || !w.apart {
 		return unix.EAGAIN
 	}
-	defer s.polling.Store(false)
 	w.misses++
 	iov := unix.Iovec{Base: (*byte)(unsafe.Pointer(msg)), Len: uint64(unsafe.Sizeof(*msg))}
 	for end := time.Now().Add(s.o.Poll); ; {
@@ -377,6 +386,10 @@ func (s *Server) fault(w *worker, msg *Msg) {
 		s.busy.set(lo/s.page, hi/s.page, true)
 		s.suspect.set(page, page+1, false)
 		s.mu.Unlock()
+		if s.viewer == nil && held == nil || hi-lo > quick { // it may take long: another handler's turn
+			s.baton.unlock()
+			w.baton = false
+		}
 		s.demand(w, lo, hi, held)
 	}
 	if more {
@@ -529,9 +542,7 @@ func (s *Server) Close() error {
 		// Wake a handler from its blocking read: its flags are looked at when the
 		// read starts, and SIGURG, which the Go runtime ignores, restarts it.
 		s.closed = os.NewSyscallError("fcntl", unix.SetNonblock(s.fd, true))
-		for _, w := range s.handlers {
-			s.interrupt(w)
-		}
+		s.interrupt()
 		s.mu.Lock()
 		s.work.Broadcast()
 		s.mu.Unlock()
@@ -545,17 +556,23 @@ func (s *Server) Close() error {
 	return s.closed
 }
 
-func (s *Server) interrupt(w *worker) {
+// interrupt signals all handlers until they have ended: each of them may be
+// the one that the others wait for.
+func (s *Server) interrupt() {
 	t := time.NewTicker(time.Millisecond)
 	defer t.Stop()
-	for {
-		if tid := w.tid.Load(); tid != 0 {
-			_ = unix.Tgkill(unix.Getpid(), int(tid), unix.SIGURG)
-		}
-		select {
-		case <-w.done:
-			return
-		case <-t.C:
+	for _, w := range s.handlers {
+		for ended := false; !ended; {
+			for _, w := range s.handlers {
+				if tid := w.tid.Load(); tid != 0 {
+					_ = unix.Tgkill(unix.Getpid(), int(tid), unix.SIGURG)
+				}
+			}
+			select {
+			case <-w.done:
+				ended = true
+			case <-t.C:
+			}
 		}
 	}
 }
