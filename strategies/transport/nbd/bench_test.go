@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -172,4 +173,74 @@ func BenchmarkBulk(b *testing.B) {
 	f, n := report(b, "floor", floor), report(b, "nbd", nbd)
 	b.ReportMetric(float64(f)/float64(n), "throughput-ratio")
 	b.ReportMetric(benchSize/n.Seconds()/1e6, "nbd-MB/s")
+}
+
+// BenchmarkInterop reads 256 MiB over loopback TCP, in turn: nbdcopy from our
+// server and from nbdkit's memory plugin, our client and nbdcopy from nbdkit.
+func BenchmarkInterop(b *testing.B) {
+	const size = 256 << 20
+	need(b, "nbdcopy", "libnbd-bin")
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	addr := ln.Addr().String()
+	ln.Close()
+	_, port, _ := net.SplitHostPort(addr)
+	cmd := exec.Command(need(b, "nbdkit", "nbdkit"), "-f", "-i", "127.0.0.1", "-p", port, "memory", strconv.Itoa(size))
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	defer func() { cmd.Process.Kill(); cmd.Wait() }()
+	kit := open(b, &Transport{}, patient("tcp", addr), transport.Options{Connections: 4})
+	p := make([]byte, 4<<20)
+	for off := int64(0); off < size; off += int64(len(p)) { // no holes
+		region.Content{Seed: 1}.Fill(p, off)
+		if err := kit.WriteAt(context.Background(), p, off); err != nil {
+			b.Fatal(err)
+		}
+	}
+	ours := startRole(b, "serve", strconv.Itoa(size))
+	conn, err := ours.Dial(context.Background())
+	if err != nil {
+		b.Fatal(err)
+	}
+	oursAddr := conn.RemoteAddr().String()
+	conn.Close()
+	took := map[string][]time.Duration{}
+	measure := func(name string, f func()) {
+		t := time.Now()
+		f()
+		took[name] = append(took[name], time.Since(t))
+	}
+	copyFrom := func(addr string) func() {
+		return func() { run(b, "nbdcopy", "libnbd-bin", "nbd://"+addr, "null:") }
+	}
+	for b.Loop() {
+		measure("nbdcopy-ours", copyFrom(oursAddr))
+		measure("nbdcopy-nbdkit", copyFrom(addr))
+		measure("client-nbdkit", func() {
+			var wg sync.WaitGroup
+			for w := range int64(4) {
+				wg.Go(func() {
+					p := make([]byte, 4<<20)
+					for off := w * int64(len(p)); off < size; off += 4 * int64(len(p)) {
+						if err := kit.ReadAt(context.Background(), p, off); err != nil {
+							b.Error(err)
+						}
+					}
+				})
+			}
+			wg.Wait()
+		})
+	}
+	median := func(name string) float64 {
+		d := took[name]
+		slices.Sort(d)
+		b.ReportMetric(size/d[len(d)/2].Seconds()/1e6, name+"-MB/s")
+		return d[len(d)/2].Seconds()
+	}
+	kitTime := median("nbdcopy-nbdkit")
+	b.ReportMetric(kitTime/median("nbdcopy-ours"), "server-ratio")
+	b.ReportMetric(kitTime/median("client-nbdkit"), "client-ratio")
 }
