@@ -1,0 +1,141 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"time"
+
+	"memsync/strategies/param"
+	"memsync/strategies/region"
+	"memsync/strategies/transport"
+)
+
+func TestWindow(t *testing.T) {
+	w := newWindow(100)
+	ctx := testContext(t)
+	if !w.try(60) || w.try(60) || !w.try(40) || w.try(1) {
+		t.Fatal("try does not keep to the limit")
+	}
+	// First come, first served: a small one does not overtake a large one.
+	var order []int64
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	for i, n := range []int64{90, 10, 500} {
+		wg.Go(func() {
+			if err := w.acquire(ctx, n); err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			order = append(order, n)
+			mu.Unlock()
+			w.release(n, 0)
+		})
+		waitFor(t, "queued", func() bool { w.mu.Lock(); defer w.mu.Unlock(); return len(w.queue) == i+1 })
+	}
+	gone, cancel := context.WithCancel(ctx)
+	left := make(chan error)
+	go func() { left <- w.acquire(gone, 5) }()
+	waitFor(t, "queued", func() bool { w.mu.Lock(); defer w.mu.Unlock(); return len(w.queue) == 4 })
+	cancel()
+	if err := <-left; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	w.release(60, 0)
+	if w.try(1) {
+		t.Error("try overtakes the queue")
+	}
+	w.release(40, 0)
+	wg.Wait()
+	if len(order) != 3 || order[2] != 500 || w.used != 0 {
+		t.Errorf("order %v, %d bytes used", order, w.used)
+	}
+}
+
+// On a path with a round trip and a rate, an automatic window settles where the
+// path is full and the queue short.
+func TestWindowFollowsThePath(t *testing.T) {
+	for _, c := range []struct {
+		rtt  time.Duration
+		rate float64 // B/s
+	}{{time.Millisecond, 125e6}, {20 * time.Millisecond, 125e6}, {100 * time.Millisecond, 125e6}, {100 * time.Millisecond, 12.5e6}} {
+		w := newWindow(0)
+		bdp := c.rate * c.rtt.Seconds()
+		w.used = backgroundPiece
+		w.release(backgroundPiece, c.rtt+time.Duration(backgroundPiece/c.rate*1e9)) // the first finds the path idle
+		for range 3000 {                                                            // each request queues behind the rest of the window
+			queue := max(0, float64(w.limit)-bdp)
+			w.used = w.limit
+			w.release(backgroundPiece, c.rtt+time.Duration((queue+backgroundPiece)/c.rate*1e9))
+		}
+		base := c.rtt.Seconds() + backgroundPiece/c.rate
+		if least, most := bdp, max(windowMin, (2*base+queueSlack.Seconds())*c.rate+bdp+backgroundPiece); float64(w.limit) < min(least, windowMax) || float64(w.limit) > most {
+			t.Errorf("%v, %.0f B/s: window of %d bytes, BDP %.0f", c.rtt, c.rate, w.limit, bdp)
+		}
+	}
+}
+
+func TestDemandOvertakes(t *testing.T) {
+	const window = 1 << 20
+	gate := make(chan struct{})
+	store := urgent{gated{newRAM(32<<20, 1), gate, nil}}
+	for _, class := range []region.Class{region.Prefetch, region.Push} {
+		c := open(t, &Transport{}, serve(t, &Transport{}, transport.One{Store: store}), transport.Options{Window: window, Connections: 2})
+		ctx, cancel := context.WithCancel(region.WithClass(testContext(t), class))
+		var wg sync.WaitGroup
+		load := func() int64 { return c.conns[0].load.Load() + c.conns[1].load.Load() }
+		for i := range int64(4) {
+			wg.Go(func() {
+				p := make([]byte, 8<<20)
+				var err error
+				if class == region.Prefetch {
+					err = c.ReadAt(ctx, p, i*8<<20)
+				} else {
+					err = c.WriteAt(ctx, p, i*8<<20)
+				}
+				if !errors.Is(err, context.Canceled) {
+					t.Error(err)
+				}
+			})
+		}
+		waitFor(t, "window full", func() bool { return load() == window })
+		for range 20 {
+			if err := c.ReadAt(testContext(t), make([]byte, 4096), 12345); err != nil {
+				t.Fatal(err)
+			}
+			if n := load(); n > window {
+				t.Fatalf("%d bytes in the background, the window is %d", n, window)
+			}
+		}
+		if c.conns[0].load.Load() != 0 {
+			t.Error("background requests on the connection that is kept for demand")
+		}
+		cancel()
+		wg.Wait()
+	}
+}
+
+// urgent lets small reads past the gate, and holds writes at it.
+type urgent struct{ gated }
+
+func (u urgent) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if len(p) <= 4096 {
+		return u.ram.ReadAt(ctx, p, off)
+	}
+	return u.gated.ReadAt(ctx, p, off)
+}
+
+func (u urgent) WriteAt(ctx context.Context, p []byte, off int64) error {
+	return u.gated.ReadAt(ctx, make([]byte, len(p)), off)
+}
+
+func TestParams(t *testing.T) {
+	v, err := param.New(Params(), []string{"connections=4", "window=2MiB"})
+	if err != nil || v.Int("connections") != 4 || v.Size("window") != 2<<20 {
+		t.Errorf("%v, %v", v, err)
+	}
+	if _, err := param.New(Params(), []string{"connections=17"}); err == nil {
+		t.Error("17 connections: no error")
+	}
+}
