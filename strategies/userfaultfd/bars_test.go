@@ -25,13 +25,7 @@ func BenchmarkLocal(b *testing.B) {
 				{"fault-around", "scan", "fault_around=64KiB"},
 				{"fault-around-copy", "scan", "fault_around=64KiB view=false"},
 				{"sequential", "scan", "prefetch=sequential"},
-				{"sequential-256k", "scan", "prefetch=sequential extent=256KiB"},
-				{"sequential-256k-c1", "scan", "prefetch=sequential extent=256KiB copiers=1"},
-				{"sequential-64k-c1", "scan", "prefetch=sequential extent=64KiB copiers=1"},
-				{"sequential-2M-c1", "scan", "prefetch=sequential extent=2MiB copiers=1"},
-				{"sequential-64k-c1-w512", "scan", "prefetch=sequential extent=64KiB prefetch_window=512KiB copiers=1"},
 				{"fault-around-2M", "scan", "fault_around=2MiB"},
-				{"fault-around-256k", "scan", "fault_around=256KiB"},
 				{"fault-around-sleep", "scan", "fault_around=64KiB poll=0"},
 				{"populate", "populate", "prefetch=all"},
 				{"fault", "touch", ""},
@@ -58,8 +52,6 @@ func BenchmarkLink(b *testing.B) {
 				{"all", "scan", "prefetch=all"},
 				{"fault-around", "scan", "fault_around=64KiB"},
 				{"fault", "touch", ""},
-				{"fault-sleep", "touch", "poll=0"},
-				{"fault-poll", "touch", "poll=50us"},
 			} {
 				b.Run(c.name, func(b *testing.B) { benchLink(b, p.source, p.daemon, p.workload, c.op, strings.Fields(c.settings)) })
 			}

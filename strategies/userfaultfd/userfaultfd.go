@@ -93,6 +93,9 @@ func (m *mount) open(ctx context.Context, r strategies.Remote, o strategies.Opti
 	chunk := max(o.Chunk, region.PageSize())
 	m.o = uffd.Options{PageSize: f.PageSize, Handlers: p.Int("handlers"), Poll: p.Duration("poll"), Deadline: p.Duration("deadline"),
 		FaultAround: max(p.Size("fault_around"), chunk), Window: p.Size("prefetch_window"), Extent: p.Size("extent"), Copiers: p.Int("copiers")}
+	if m.o.Extent == 0 && chunk > 256<<10 {
+		m.o.Extent = chunk
+	}
 	if m.o.Copiers == 0 {
 		m.o.Copiers = o.PullWorkers
 	}

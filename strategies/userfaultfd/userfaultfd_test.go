@@ -111,6 +111,27 @@ func TestBytes(t *testing.T) {
 	}
 }
 
+// TestHuge: reserved huge pages, or an error that says how to get them.
+func TestHuge(t *testing.T) {
+	const size = 5<<20 + 17
+	s := newStore(content, size)
+	if m, err := mountStore(s, "memory=huge"); err != nil {
+		if !strings.Contains(err.Error(), "vm.nr_hugepages") {
+			t.Fatalf("want to be told of vm.nr_hugepages: %v", err)
+		}
+		t.Skipf("needs three free huge pages: %v", err)
+	} else if err := m.Close(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range []string{"", "handlers=2", "prefetch=all", "prefetch=sequential prefetch_window=4MiB"} {
+		x := mountTo(t, newStore(content, size), append(strings.Fields(v), "memory=huge")...)
+		x.w.ask(request{Op: "program", Threads: 2, N: 30, Content: content})
+		x.w.ask(request{Op: "read", Len: size, N: 4096, Content: content})
+		x.w.ask(request{Op: "detach"})
+		x.close()
+	}
+}
+
 // TestFaultAround: one fault fills the aligned block, no more.
 func TestFaultAround(t *testing.T) {
 	s := newStore(content, 1<<20)
