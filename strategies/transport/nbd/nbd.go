@@ -58,7 +58,8 @@ func (t *Transport) Name() string { return "nbd" }
 
 // Open connects and returns the export as a *Client; see transport.Transport.
 // It takes two round trips (four with TLS), the same for several connections.
-// A missing export gives region.ErrMissing.
+// Connections that d makes belong to the Store, as with Serve. A missing export
+// gives region.ErrMissing, TLS that only one side wants region.ErrNotPermitted.
 func (t *Transport) Open(ctx context.Context, d transport.Dialer, o transport.Options) (region.Store, error) {
 	c, err := t.open(ctx, d, o)
 	if err != nil {
@@ -69,7 +70,10 @@ func (t *Transport) Open(ctx context.Context, d transport.Dialer, o transport.Op
 
 // Serve answers one connection; see transport.Transport. Requests for bytes
 // that the Store has in memory (region.Viewer) are answered at once and without
-// a copy, others in parallel and out of order.
+// a copy, others in parallel and out of order. It takes conn over: once
+// transmission begins it reads a TCP or Unix socket by a duplicate of its
+// descriptor, so only the end of ctx, not conn.Close, ends it from outside. A
+// client costs at most 64 MiB of buffers.
 func (t *Transport) Serve(ctx context.Context, conn net.Conn, e transport.Exports) error {
 	return t.serve(ctx, conn, e)
 }
