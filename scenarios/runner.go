@@ -282,6 +282,8 @@ func (o *Outcome) status(ctx context.Context) results.Status {
 		return results.StatusUncalibrated
 	case errors.Is(o.Err, context.DeadlineExceeded), errors.Is(o.Err, os.ErrDeadlineExceeded):
 		return results.StatusTimeout
+	case errors.Is(o.Err, region.ErrNotPermitted), errors.Is(o.Err, netem.ErrNotPermitted):
+		return results.StatusFailed // also where others of several ways are missing: this one could be had
 	case errors.Is(o.Err, region.ErrNotSupported), errors.Is(o.Err, netem.ErrNotSupported):
 		return results.StatusUnsupported
 	}
@@ -357,7 +359,20 @@ func (r *run) inFolder(ctx context.Context) (err error) {
 	for _, p := range r.processes() {
 		p.Watch(watched, cancel)
 	}
-	return r.measure(watched, r.cell.setup(r.seed, dir), r.cell.work(r.seed))
+	err = r.measure(watched, r.cell.setup(r.seed, dir), r.cell.work(r.seed))
+	if err == nil || ctx.Err() != nil {
+		return err
+	}
+	// A workload whose page cannot come any more may say so (EIO) before we know
+	// that the process behind it has ended: that is the cause.
+	select {
+	case <-watched.Done():
+	case <-time.After(200 * time.Millisecond):
+	}
+	if cause := context.Cause(watched); cause != nil && !errors.Is(err, cause) {
+		err = fmt.Errorf("%w; then %w", cause, err)
+	}
+	return err
 }
 
 // drain waits until the link is idle: what a strategy had in flight when it was

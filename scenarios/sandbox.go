@@ -68,6 +68,7 @@ func EnterSandbox(ctx context.Context) (status int, err error) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID,
 		Pdeathsig:  unix.SIGKILL,
+		Setpgid:    true, // a terminal's Ctrl-C comes from us only, when it listens
 	}
 	if os.Geteuid() != 0 {
 		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER

@@ -190,7 +190,7 @@ func resolveError(err error) error {
 		return nil
 	case errors.Is(err, scenarios.ErrUsage):
 		return exitWith(exitUsage, err)
-	case errors.Is(err, region.ErrNotSupported):
+	case errors.Is(err, region.ErrNotSupported) && !errors.Is(err, region.ErrNotPermitted): // of both, the latter
 		return exitWith(exitUnsupported, err)
 	}
 	return exitWith(exitNotPermitted, err)

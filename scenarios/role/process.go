@@ -37,7 +37,7 @@ func Main(args []string) int {
 		fmt.Fprintln(os.Stderr, "memsync role: started by memsync itself, not by hand")
 		return 6
 	}
-	// Ctrl-C reaches the whole process group; the runner decides what it means.
+	// A signal may reach the whole process group; the runner decides what it means.
 	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	err := func() error {
 		if len(args) == 2 {

@@ -177,22 +177,17 @@ func probe() error {
 		return err
 	}
 	defer unix.Close(fd) // ends the connection
-	f, err := os.CreateTemp("", "memsync-probe-")
-	if err != nil {
-		return fmt.Errorf("probe FUSE: %w", err)
-	}
-	f.Close()
-	defer os.Remove(f.Name())
+	const at = os.DevNull // any file will do, in a mount namespace of this thread alone
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("probe FUSE: make a mount namespace: %w (%s): %w", err, remedy, region.ErrNotPermitted)
 	}
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("probe FUSE: make mounts private: %w", err)
 	}
-	if err := mountFile(fd, f.Name(), true, unix.S_IFREG|0o400, 0); err != nil {
+	if err := mountFile(fd, at, true, unix.S_IFREG|0o400, 0); err != nil {
 		return fmt.Errorf("probe FUSE: %w", err)
 	}
-	defer unix.Unmount(f.Name(), unix.MNT_DETACH)
+	defer unix.Unmount(at, unix.MNT_DETACH)
 	buf := make([]byte, 1<<16)
 	for deadline := time.Now().Add(2 * time.Second); ; {
 		n, err := unix.Read(fd, buf)

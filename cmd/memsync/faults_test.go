@@ -1,0 +1,517 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"memsync/results"
+)
+
+// patience is how long a wait may take in these tests before it counts as hung.
+const patience = 40 * time.Second
+
+// lockedBuffer can be read while a process writes to it.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// command is a memsync under way, with a temporary folder of its own. All its
+// processes have that folder's path in their environment: so they are found.
+type command struct {
+	t      *testing.T
+	cmd    *exec.Cmd
+	dir    string // working folder
+	tmp    string
+	stdout bytes.Buffer
+	stderr lockedBuffer
+	done   chan struct{}
+}
+
+// launch starts memsync in dir.
+func launch(t *testing.T, dir string, args ...string) *command {
+	t.Helper()
+	c := &command{t: t, dir: dir, tmp: t.TempDir(), done: make(chan struct{})}
+	c.cmd = exec.Command("/proc/self/exe", args...)
+	c.cmd.Args[0] = "memsync"
+	c.cmd.Dir = dir
+	c.cmd.Env = append(os.Environ(), "TMPDIR="+c.tmp)
+	c.cmd.Stdout, c.cmd.Stderr = &c.stdout, &c.stderr
+	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	c.cmd.WaitDelay = time.Second
+	if err := c.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		_ = c.cmd.Wait()
+		close(c.done)
+	}()
+	t.Cleanup(func() {
+		_ = unix.Kill(-c.cmd.Process.Pid, unix.SIGKILL)
+		<-c.done
+		if t.Failed() {
+			t.Logf("memsync %s\nstdout: %.2000s\nstderr: %s", strings.Join(args, " "), c.stdout.String(), c.stderr.String())
+		}
+	})
+	return c
+}
+
+// processes returns the command's processes, by number, with their arguments;
+// those that have ended and wait to be collected are left out.
+func (c *command) processes() map[int]string {
+	m := map[int]string{}
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, d := range dirs {
+		env, err := os.ReadFile(d + "/environ")
+		if err != nil || !bytes.Contains(append([]byte{0}, env...), []byte("\x00TMPDIR="+c.tmp+"\x00")) {
+			continue
+		}
+		args, _ := os.ReadFile(d + "/cmdline")
+		pid, _ := strconv.Atoi(filepath.Base(d))
+		if len(args) > 0 {
+			m[pid] = strings.TrimSuffix(strings.ReplaceAll(string(args), "\x00", " "), " ")
+		}
+	}
+	return m
+}
+
+// find waits for a process: source, daemon, workload, outer or inner.
+func (c *command) find(who string) int {
+	c.t.Helper()
+	pid := 0
+	c.until("there is a process "+who, func() bool {
+		for p, args := range c.processes() {
+			switch {
+			case strings.HasPrefix(args, "memsync role "+who),
+				who == "outer" && p == c.cmd.Process.Pid,
+				who == "inner" && p != c.cmd.Process.Pid && !strings.HasPrefix(args, "memsync role "):
+				pid = p
+			}
+		}
+		return pid != 0
+	})
+	return pid
+}
+
+// until waits for a condition while the command runs.
+func (c *command) until(what string, ok func() bool) {
+	c.t.Helper()
+	for end := time.Now().Add(patience); !ok(); {
+		select {
+		case <-c.done:
+			if !ok() {
+				c.t.Fatalf("memsync ended (%v) before %s", c.cmd.ProcessState, what)
+			}
+			return
+		case <-time.After(5 * time.Millisecond):
+		}
+		if time.Now().After(end) {
+			c.t.Fatalf("after %v still not: %s", patience, what)
+		}
+	}
+}
+
+func (c *command) signal(pid int, sig unix.Signal) {
+	c.t.Helper()
+	if err := unix.Kill(pid, sig); err != nil && !errors.Is(err, unix.ESRCH) {
+		c.t.Fatal(err)
+	}
+}
+
+// exit waits for the command's end and checks its exit status; -1 is a signal.
+func (c *command) exit(want int, within time.Duration) {
+	c.t.Helper()
+	select {
+	case <-c.done:
+	case <-time.After(within):
+		for pid := range c.processes() {
+			stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+			stack, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stack", pid))
+			c.t.Logf("%.200s\n%s", stat, stack)
+		}
+		c.t.Fatalf("memsync does not end within %v", within)
+	}
+	if got := c.cmd.ProcessState.ExitCode(); got != want {
+		c.t.Errorf("exit status %d (%v), want %d", got, c.cmd.ProcessState, want)
+	}
+}
+
+// gone checks that the command left nothing: no process, hence none in D state and
+// no network namespace (they have no names, only processes and their descriptors
+// hold them), no mount, and after memsync clean no scratch folder.
+func (c *command) gone() {
+	c.t.Helper()
+	left := c.processes()
+	for end := time.Now().Add(patience / 2); len(left) > 0 && time.Now().Before(end); left = c.processes() {
+		time.Sleep(5 * time.Millisecond)
+	}
+	for pid, args := range left {
+		c.t.Errorf("process %d is left: %s", pid, args)
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if strings.Contains(line, c.tmp) {
+			c.t.Errorf("mount is left: %s", line)
+		}
+	}
+	clean := exec.Command("/proc/self/exe", "clean")
+	clean.Args[0] = "memsync"
+	clean.Env = append(os.Environ(), "TMPDIR="+c.tmp)
+	if out, err := clean.CombinedOutput(); err != nil {
+		c.t.Errorf("memsync clean: %v: %s", err, out)
+	}
+	if dirs, _ := os.ReadDir(c.tmp); len(dirs) > 0 {
+		c.t.Errorf("%s is left in the temporary folder", dirs[0].Name())
+	}
+}
+
+// slow are flags of a run over the wire that reads for many seconds.
+var slow = []string{"--size", "64MiB", "--think", "1ms", "--runs", "1", "--budget", "30s", "--json"}
+
+func measureArgs(strategy string, more ...string) []string {
+	return slices.Concat([]string{"measure", "--strategy", strategy}, slow, more)
+}
+
+// TestInterrupt: SIGINT, SIGTERM and SIGHUP in each phase end with 130, a valid
+// object, and nothing left over.
+func TestInterrupt(t *testing.T) {
+	schema := compileSchema(t)
+	calibrating := func(c *command) {
+		c.until("it calibrates", func() bool { return strings.Contains(c.stderr.String(), "calibrating") })
+	}
+	after := func(who string, d time.Duration) func(*command) {
+		return func(c *command) {
+			c.find(who)
+			time.Sleep(d) // any moment of the phase will do
+		}
+	}
+	atOnce := func(d time.Duration) func(*command) { return func(*command) { time.Sleep(d) } }
+	for name, p := range map[string]struct {
+		args  []string
+		phase func(*command)
+		sig   unix.Signal
+		group bool // to all processes, as a terminal does
+	}{
+		"start":       {measureArgs("direct-mount"), atOnce(0), unix.SIGINT, true},
+		"start later": {measureArgs("direct-mount"), atOnce(20 * time.Millisecond), unix.SIGTERM, false},
+		"calibration": {measureArgs("direct-mount", "--rtt", "20ms"), calibrating, unix.SIGINT, true},
+		"mount": {measureArgs("managed-mount", "--transport", "local", "--shaper", "sleep", "--rtt", "10s", "--set", "pull_first=1MiB"),
+			after("workload", 300*time.Millisecond), unix.SIGTERM, false},
+		"measuring, direct":  {measureArgs("direct-mount", "--transport", "local"), after("workload", 600*time.Millisecond), unix.SIGINT, true},
+		"measuring, managed": {measureArgs("managed-mount", "--transport", "local", "--op", "write"), after("workload", 600*time.Millisecond), unix.SIGTERM, false},
+		"measuring, faults":  {measureArgs("userfaultfd", "--transport", "local"), after("workload", 600*time.Millisecond), unix.SIGHUP, false},
+		"in a fault":         {measureArgs("userfaultfd", "--transport", "local", "--shaper", "sleep", "--rtt", "10s"), after("workload", 600*time.Millisecond), unix.SIGINT, false},
+		"in a fault, fuse":   {measureArgs("direct-mount", "--transport", "local", "--shaper", "sleep", "--rtt", "10s"), after("workload", 600*time.Millisecond), unix.SIGINT, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := launch(t, t.TempDir(), p.args...)
+			p.phase(c)
+			pid := c.cmd.Process.Pid
+			if p.group {
+				pid = -pid
+			}
+			if strings.HasPrefix(name, "start") { // before that, Go's own handler ends it
+				c.find("inner")
+			}
+			c.signal(pid, p.sig)
+			c.exit(130, patience)
+			if strings.HasPrefix(name, "start") && c.stdout.Len() == 0 { // before there was anything to say
+				c.gone()
+				return
+			}
+			if err := checkReport(schema, c.stdout.String(), "1", "interrupted", nil); err != nil && !strings.Contains(err.Error(), "0 runs") {
+				t.Error(err)
+			}
+			c.gone()
+		})
+	}
+}
+
+// TestInterruptAnywhere: verification, floors, start and end of processes are too
+// short to be aimed at, so signals come at random moments of many short runs.
+func TestInterruptAnywhere(t *testing.T) {
+	schema := compileSchema(t)
+	rng := rand.New(rand.NewPCG(1, 1))
+	for i, strategy := range []string{"memory", "direct-mount", "managed-mount", "userfaultfd"} {
+		wait := time.Duration(300+rng.IntN(500)) * time.Millisecond
+		t.Run(strategy, func(t *testing.T) {
+			t.Parallel()
+			args := []string{"measure", "--strategy", strategy, "--transport", "local", "--size", "16MiB", "--runs", "1000", "--json"}
+			if i%2 == 1 {
+				args = append(args, "--op", "write")
+			}
+			if strategy == "userfaultfd" {
+				args = args[:len(args)-2]
+			}
+			c := launch(t, t.TempDir(), args...)
+			c.find("workload")
+			time.Sleep(wait)
+			c.signal(c.cmd.Process.Pid, unix.SIGINT)
+			c.exit(130, patience)
+			v, err := jsonObject(schema, c.stdout.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, r := range v.Runs {
+				if r.Status != "ok" && r.Status != "interrupted" {
+					t.Errorf("a run is %s: %s", r.Status, r.Error)
+				}
+			}
+			c.gone()
+		})
+	}
+}
+
+// TestKill: SIGKILL of any process ends the command with an error, within a
+// deadline; nothing is left and nothing counts as measured.
+func TestKill(t *testing.T) {
+	schema := compileSchema(t)
+	rng := rand.New(rand.NewPCG(2, 2))
+	for _, strategy := range []string{"userfaultfd", "direct-mount", "managed-mount"} {
+		for _, victim := range []string{"source", "daemon", "workload", "inner", "outer"} {
+			if strategy != "direct-mount" && (victim == "inner" || victim == "outer") {
+				continue
+			}
+			wait := time.Duration(50+rng.IntN(500)) * time.Millisecond
+			t.Run(strategy+"/"+victim, func(t *testing.T) {
+				t.Parallel()
+				c := launch(t, t.TempDir(), measureArgs(strategy, "--pull-workers", "0")...)
+				pid := c.find(victim)
+				c.find("workload")
+				time.Sleep(wait)
+				if victim == "source" { // first stopped: the workload then waits in a fault
+					c.signal(pid, unix.SIGSTOP)
+					time.Sleep(300 * time.Millisecond)
+				}
+				c.signal(pid, unix.SIGKILL)
+				switch victim {
+				case "outer":
+					c.exit(-1, patience)
+				case "inner":
+					c.exit(1, patience)
+					if !strings.Contains(c.stderr.String(), "the measuring process ended: signal: killed") {
+						t.Error("the error does not name the cause")
+					}
+				default:
+					began := time.Now()
+					c.exit(1, patience)
+					if took := time.Since(began); took > patience/2 {
+						t.Errorf("the error took %v", took)
+					}
+					if err := checkReport(schema, c.stdout.String(), "1", "failed", nil); err != nil {
+						t.Error(err)
+					}
+					if !strings.Contains(c.stderr.String(), victim) {
+						t.Errorf("the error does not name the %s", victim)
+					}
+				}
+				c.gone()
+			})
+		}
+	}
+}
+
+// TestResume: a sweep that is killed again and again ends with every planned
+// run recorded exactly once.
+func TestResume(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	args := []string{"run", "gc-tail", "--quick", "--runs", "2", "--budget", "5ms", "--shard", "1/2", "--out", "r"}
+	rng := rand.New(rand.NewPCG(3, 3))
+	for i := range 4 {
+		c := launch(t, dir, args...)
+		select {
+		case <-c.done:
+		case <-time.After(time.Duration(200+rng.IntN(900)) * time.Millisecond):
+		}
+		pid := c.cmd.Process.Pid
+		if inner := c.processes(); i%2 == 1 {
+			for p, a := range inner {
+				if p != pid && strings.HasPrefix(a, "memsync run") {
+					pid = p
+				}
+			}
+		}
+		c.signal(pid, unix.SIGKILL)
+		<-c.done
+		c.gone()
+	}
+	c := launch(t, dir, args...)
+	c.exit(0, 2*patience)
+	c.gone()
+	rows, err := results.Read(filepath.Join(dir, "r"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed := map[string]int{}
+	for _, r := range rows {
+		if r.Metric == results.RunMetric && r.Status != results.StatusInterrupted {
+			closed[r.RunID]++
+		}
+		if r.Status != results.StatusOK {
+			t.Errorf("run %s is %s: %s", r.RunID, r.Status, r.Error)
+		}
+	}
+	if len(closed) != 6 {
+		t.Errorf("%d runs are recorded, want 6", len(closed))
+	}
+	for id, n := range closed {
+		if n != 1 {
+			t.Errorf("run %s is recorded %d times", id, n)
+		}
+	}
+}
+
+// TestTogether: two at once do not disturb each other in folders of their own;
+// in one folder the second is told so.
+func TestTogether(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	args := func(out string) []string {
+		return []string{"run", "gc-tail", "--quick", "--runs", "1", "--budget", "5ms", "--shard", "1/3", "--out", out}
+	}
+	first := launch(t, dir, args("a")...)
+	first.until("records begin", func() bool { _, err := os.Stat(filepath.Join(dir, "a", "runs.csv")); return err == nil })
+	first.signal(first.find("inner"), unix.SIGSTOP) // so that it does not end before the second looks
+	second := launch(t, dir, args("a")...)
+	second.exit(1, patience)
+	if !strings.Contains(second.stderr.String(), "another memsync is writing there") {
+		t.Error("the second in one folder is not told why it cannot")
+	}
+	first.signal(first.find("inner"), unix.SIGCONT)
+	other := launch(t, dir, args("b")...)
+	other.exit(0, 2*patience)
+	first.exit(0, 2*patience)
+	for _, c := range []*command{first, second, other} {
+		c.gone()
+	}
+}
+
+// TestInputChanges: an input file that shrinks or changes under a run.
+func TestInputChanges(t *testing.T) {
+	schema := compileSchema(t)
+	const size = 8 << 20
+	for name, p := range map[string]struct {
+		change func(path string) error
+		exit   int
+		status string
+		say    string
+	}{
+		"shrinks": {func(path string) error { return os.Truncate(path, 100) }, 1, "failed", "shrank"},
+		"changes": {func(path string) error { // one byte in the middle of what is read
+			f, err := os.OpenFile(path, os.O_WRONLY, 0)
+			if err != nil {
+				return err
+			}
+			_, err = f.WriteAt([]byte{0xFF}, 5000)
+			return errors.Join(err, f.Close())
+		}, 3, "corrupt", "offset 4096"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			in := filepath.Join(dir, "input")
+			if err := os.WriteFile(in, make([]byte, size), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			c := launch(t, dir, "measure", "--strategy", "direct-mount", "--transport", "local", "--input", in, "--runs", "1", "--budget", "1s", "--think", "1ms", "--json")
+			c.find("workload")
+			time.Sleep(500 * time.Millisecond) // it reads; the daemon has had the file in memory since before
+			if err := p.change(in); err != nil {
+				t.Fatal(err)
+			}
+			c.exit(p.exit, patience)
+			if err := checkReport(schema, c.stdout.String(), "1", p.status, nil); err != nil {
+				t.Error(err)
+			}
+			if !strings.Contains(c.stderr.String(), p.say) {
+				t.Errorf("the error does not say %q", p.say)
+			}
+			c.gone()
+		})
+	}
+}
+
+// TestUnprivileged: an ordinary user gets the same where user namespaces are
+// allowed, else exit status 5 and what to do.
+func TestUnprivileged(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Log("this test runs as an ordinary user already")
+	}
+	t.Parallel()
+	schema := compileSchema(t)
+	for _, args := range [][]string{
+		{"--strategy", "memory"}, {"--strategy", "userfaultfd", "--transport", "local"}, {"--strategy", "direct-mount"},
+	} {
+		t.Run(args[1], func(t *testing.T) {
+			dir, err := os.MkdirTemp("", "memsync-test-")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer os.RemoveAll(dir)
+			self, err := os.ReadFile("/proc/self/exe")
+			if err != nil {
+				t.Fatal(err)
+			}
+			binary := filepath.Join(dir, "memsync")
+			if err := errors.Join(os.WriteFile(binary, self, 0o755), os.Chmod(dir, 0o777)); err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.CommandContext(t.Context(), binary, append([]string{"measure", "--size", "1MiB", "--runs", "1", "--json"}, args...)...)
+			cmd.Dir, cmd.Env = dir, []string{"HOME=" + dir, "TMPDIR=" + dir, "PATH=" + os.Getenv("PATH")}
+			cmd.WaitDelay = time.Second
+			if os.Geteuid() == 0 {
+				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+			}
+			var stdout, stderr bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &stdout, &stderr
+			err = cmd.Run()
+			switch code := cmd.ProcessState.ExitCode(); code {
+			case 0:
+				if err := checkReport(schema, stdout.String(), "1", "ok", nil); err != nil {
+					t.Error(err)
+				}
+			case 5:
+				t.Logf("not permitted here: %s", &stderr)
+				if !strings.Contains(stderr.String(), "root") && !strings.Contains(stderr.String(), "sysctl") && !strings.Contains(stderr.String(), "chmod") {
+					t.Error("the error has no remedy")
+				}
+			default:
+				t.Errorf("exit status %d: %v: %s", code, err, &stderr)
+			}
+			if dirs, _ := filepath.Glob(filepath.Join(dir, "memsync-run-*")); len(dirs) > 0 {
+				t.Errorf("%s is left", dirs[0])
+			}
+		})
+	}
+}
