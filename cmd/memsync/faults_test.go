@@ -110,13 +110,21 @@ func (c *command) find(who string) int {
 			switch {
 			case strings.HasPrefix(args, "memsync role "+who),
 				who == "outer" && p == c.cmd.Process.Pid,
-				who == "inner" && p != c.cmd.Process.Pid && !strings.HasPrefix(args, "memsync role "):
+				who == "inner" && c.isInner(p):
 				pid = p
 			}
 		}
 		return pid != 0
 	})
 	return pid
+}
+
+// isInner reports whether a process is the outer one's child, in the sandbox.
+func (c *command) isInner(pid int) bool {
+	status, err1 := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	env, err2 := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+	return err1 == nil && err2 == nil && bytes.Contains(env, []byte("\x00MEMSYNC_SANDBOX=")) &&
+		strings.Contains(string(status), fmt.Sprintf("\nPPid:\t%d\n", c.cmd.Process.Pid))
 }
 
 // until waits for a condition while the command runs.
@@ -195,7 +203,7 @@ func (c *command) gone() {
 }
 
 // slow are flags of a run over the wire that reads for many seconds.
-var slow = []string{"--size", "64MiB", "--think", "1ms", "--runs", "1", "--budget", "30s", "--json"}
+var slow = []string{"--size", "32MiB", "--think", "2ms", "--runs", "1", "--budget", "30s", "--json"}
 
 func measureArgs(strategy string, more ...string) []string {
 	return slices.Concat([]string{"measure", "--strategy", strategy}, slow, more)
@@ -348,18 +356,16 @@ func TestResume(t *testing.T) {
 	dir := t.TempDir()
 	args := []string{"run", "gc-tail", "--quick", "--runs", "2", "--budget", "5ms", "--shard", "1/2", "--out", "r"}
 	rng := rand.New(rand.NewPCG(3, 3))
-	for i := range 4 {
+	for i := range 3 {
 		c := launch(t, dir, args...)
 		select {
 		case <-c.done:
 		case <-time.After(time.Duration(200+rng.IntN(900)) * time.Millisecond):
 		}
 		pid := c.cmd.Process.Pid
-		if inner := c.processes(); i%2 == 1 {
-			for p, a := range inner {
-				if p != pid && strings.HasPrefix(a, "memsync run") {
-					pid = p
-				}
+		for p := range c.processes() {
+			if i%2 == 1 && c.isInner(p) {
+				pid = p
 			}
 		}
 		c.signal(pid, unix.SIGKILL)

@@ -176,7 +176,7 @@ func probe() error {
 	if err != nil {
 		return err
 	}
-	defer unix.Close(fd) // ends the connection
+	defer unix.Close(fd)  // ends the connection
 	const at = os.DevNull // any file will do, in a mount namespace of this thread alone
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("probe FUSE: make a mount namespace: %w (%s): %w", err, remedy, region.ErrNotPermitted)
