@@ -19,7 +19,7 @@ import (
 	"memsync/strategies/region"
 )
 
-var schedules = flag.Int("schedules", 6000, "random schedules of TestModel")
+var schedules = flag.Int("schedules", 3000, "random schedules of TestModel")
 
 // seed returns TEST_SEED, or a random one, and logs it.
 func seed(t testing.TB) uint64 {
