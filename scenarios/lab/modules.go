@@ -60,13 +60,23 @@ func (m *modules) load(name, params string) error {
 	return m.insert(path, params)
 }
 
+// defaults are parameters for modules that nobody gave any.
+func defaults() map[string]string {
+	return map[string]string{
+		"ifb": "numifbs=0", // else it makes two links that nobody asked for
+		// No search for partitions: each open of a device would begin with a
+		// dozen small reads, one round trip after the other.
+		"nbd": "max_part=0",
+	}
+}
+
 func (m *modules) insert(path, params string) error {
 	name := moduleName(path)
 	if _, err := os.Stat("/sys/module/" + name); err == nil {
 		return nil
 	}
-	if name == "ifb" && params == "" {
-		params = "numifbs=0" // else it makes two links that nobody asked for
+	if params == "" {
+		params = defaults()[name]
 	}
 	f, err := os.Open(filepath.Join(m.dir, path))
 	if err != nil {

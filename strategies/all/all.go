@@ -12,6 +12,7 @@ import (
 	"memsync/strategies/device/uffd"
 	"memsync/strategies/direct"
 	"memsync/strategies/managed"
+	"memsync/strategies/nbddirect"
 	"memsync/strategies/param"
 	"memsync/strategies/transport"
 	"memsync/strategies/transport/nbd"
@@ -26,6 +27,7 @@ func Registry() strategies.Registry {
 		userfaultfd.Strategy{},
 		direct.Strategy{},
 		managed.Strategy{},
+		nbddirect.Strategy{},
 	}
 }
 

@@ -346,6 +346,22 @@ func (d *Device) Err() error {
 	return nil
 }
 
+// Flush writes the page cache back and flushes the store, by fsync of the device.
+// When ctx ends first, it returns and the kernel goes on.
+func (d *Device) Flush(ctx context.Context) error {
+	written := make(chan error, 1)
+	go func() { written <- d.node.Sync() }()
+	select {
+	case err := <-written:
+		if err != nil {
+			return fmt.Errorf("write %s back: %w", d.Path(), err)
+		}
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("write %s back: %w", d.Path(), context.Cause(ctx))
+	}
+}
+
 // Close writes the page cache back, detaches the device and joins all goroutines.
 // When ctx ends first, it detaches at once: what was not written back is lost, and
 // the error says so. It may be called twice and returns the first error.
@@ -415,6 +431,11 @@ func Probe() error {
 	}
 	return node.Close()
 }
+
+// Sectors rounds a store up to whole sectors of 512 bytes, for a server whose
+// export becomes a block device: the bytes beyond the store read as zeroes and do
+// not keep what is written.
+func Sectors(s region.Store) region.Store { return newCounted(s, false) }
 
 // counted is the store as the device serves it: whole sectors, errors counted.
 type counted struct {

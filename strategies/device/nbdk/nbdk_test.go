@@ -229,14 +229,17 @@ func TestReadAndStore(t *testing.T) {
 			if !bytes.Equal(got, want) {
 				t.Errorf("%s, %d bytes: read %d bytes %x, want %d", set, size, len(got), sha256.Sum256(got), len(want))
 			}
-			m.b = make([]byte, size)
 			shut(t, d)
+			m.b = make([]byte, size)
 			d = open(t, m, strings.Fields(set)...)
 			if err := role(t, "store", d.Path()).Run(); err != nil {
 				t.Fatalf("%s, %d bytes: store: %v", set, size, err)
 			}
 			s := d.Stats()
-			if !bytes.Equal(m.b, pattern(size)) {
+			m.mu.Lock()
+			same := bytes.Equal(m.b, pattern(size))
+			m.mu.Unlock()
+			if !same {
 				t.Errorf("%s, %d bytes: after msync the store differs", set, size)
 			}
 			if s.WriteBytes < int64(size) || s.Errors != 0 || d.Err() != nil {
