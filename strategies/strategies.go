@@ -144,6 +144,11 @@ type FaultServer interface {
 	ServeFaults(uffd *os.File, base uintptr) error
 }
 
+// Troubled is what a Mount may also be: one that knows the latest error behind
+// an EIO or SIGBUS, of which the workload only got a number. It is nil where
+// there was none.
+type Troubled interface{ Err() error }
+
 // Stats counts what a mount has moved since it was opened.
 type Stats struct {
 	DemandRequests, DemandBytes     int64            // pulled because the workload waited

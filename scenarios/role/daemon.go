@@ -41,6 +41,7 @@ func (d *daemon) ops() map[string]handler {
 		"sync":     on(func(ctx context.Context, _ none) (none, error) { return none{}, d.mount.Sync(ctx) }),
 		"stats":    on(func(context.Context, none) (strategies.Stats, error) { return d.mount.Stats(), nil }),
 		"verify":   on(func(ctx context.Context, a verifyArgs) (Verified, error) { return verifyStore(ctx, d.local, a) }),
+		"trouble":  on(d.trouble),
 		"unmount":  on(d.unmount),
 		"counters": on(counters), "floors": on(daemonFloors),
 	}
@@ -149,4 +150,18 @@ func (d *daemon) unmount(ctx context.Context, _ none) (_ none, err error) {
 		err = d.mount.Close(ctx)
 	}
 	return none{}, err
+}
+
+// Trouble is the daemon's side of a read or write that failed in the workload.
+type Trouble struct {
+	Text string `json:"text,omitempty"`
+}
+
+func (d *daemon) trouble(context.Context, none) (t Trouble, _ error) {
+	if m, ok := d.mount.(strategies.Troubled); ok {
+		if err := m.Err(); err != nil {
+			t.Text = err.Error()
+		}
+	}
+	return t, nil
 }

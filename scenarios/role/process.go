@@ -158,6 +158,11 @@ func Start(ctx context.Context, role, cpus string, ns starter) (*Process, error)
 	p := &Process{Conn: conn, Role: role, done: make(chan struct{}), tail: &tail{}}
 	p.cmd = exec.Command("/proc/self/exe", args...)
 	p.cmd.Args[0] = "memsync"
+	if role == Workload {
+		// A thread that waits for a page is no use to preempt, and the signal makes
+		// the kernel give up the wait and fault again, over and over.
+		p.cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1")
+	}
 	p.cmd.ExtraFiles = []*os.File{theirs}
 	p.cmd.Stderr = p.tail
 	// A role may have started helpers that hold its stderr; do not wait for them.

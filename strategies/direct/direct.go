@@ -79,6 +79,9 @@ func (m *mount) Sync(ctx context.Context) error {
 	return m.store.Flush(ctx)
 }
 
+// Err is the latest error behind an EIO or SIGBUS that the workload saw.
+func (m *mount) Err() error { return m.dev.Err() }
+
 func (m *mount) Stats() strategies.Stats {
 	d := m.dev.Stats()
 	return strategies.Stats{

@@ -158,6 +158,9 @@ func (m *mount) Sync(ctx context.Context) error {
 	return m.pusher.Flush(ctx)
 }
 
+// Err is the latest error behind an EIO or SIGBUS that the workload saw.
+func (m *mount) Err() error { return m.dev.Err() }
+
 func (m *mount) Stats() strategies.Stats {
 	s, d := m.pusher.Stats(), m.dev.Stats()
 	requests, bytes, failures := m.pusher.Pushed()
