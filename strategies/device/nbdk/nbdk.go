@@ -346,11 +346,32 @@ func (d *Device) Err() error {
 	return nil
 }
 
+// writeBack is fsync, but asks the server to flush only if it was given anything.
+func (d *Device) writeBack() error {
+	c, err := d.node.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var sync error
+	err = c.Control(func(fd uintptr) {
+		sync = unix.SyncFileRange(int(fd), 0, 0, unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
+	})
+	if err := errors.Join(err, sync); err != nil || d.stats().WriteRequests == 0 {
+		return err
+	}
+	return d.node.Sync()
+}
+
 // Flush writes the page cache back and flushes the store, by fsync of the device.
 // When ctx ends first, it returns and the kernel goes on.
 func (d *Device) Flush(ctx context.Context) error {
+	select {
+	case <-d.closed:
+		return fmt.Errorf("write %s back: %w", d.Path(), region.ErrClosed)
+	default:
+	}
 	written := make(chan error, 1)
-	go func() { written <- d.node.Sync() }()
+	go func() { written <- d.writeBack() }()
 	select {
 	case err := <-written:
 		if err != nil {
@@ -376,7 +397,7 @@ func (d *Device) Close(ctx context.Context) error {
 
 func (d *Device) close(ctx context.Context) error {
 	written := make(chan error, 1)
-	go func() { written <- d.node.Sync() }()
+	go func() { written <- d.writeBack() }()
 	var err error
 	select {
 	case err = <-written:
