@@ -468,6 +468,39 @@ func TestInputChanges(t *testing.T) {
 	}
 }
 
+// TestInputShrinksInFault: the source cannot read what a fault of the workload
+// asks for (a block that it fills only when it is needed): an error that names
+// the cause across three processes, never zeroes.
+func TestInputShrinksInFault(t *testing.T) {
+	schema := compileSchema(t)
+	const eager, more = 512 << 20, 64 << 20 // backend.Memory fills the first 512 MiB at once
+	for _, strategy := range []string{"userfaultfd"} {
+		t.Run(strategy, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			in := filepath.Join(dir, "input")
+			if err := errors.Join(os.WriteFile(in, nil, 0o600), os.Truncate(in, eager+more)); err != nil { // sparse
+				t.Fatal(err)
+			}
+			c := launch(t, dir, "measure", "--strategy", strategy, "--input", in, "--pull-workers", "0", "--access", "reverse", "--think", "1ms",
+				"--budget", "20s", "--runs", "1", "--json")
+			c.find("workload")
+			time.Sleep(time.Second)
+			if err := os.Truncate(in, eager); err != nil {
+				t.Fatal(err)
+			}
+			c.exit(1, patience)
+			if err := checkReport(schema, c.stdout.String(), "1", "failed", nil); err != nil {
+				t.Error(err)
+			}
+			if !strings.Contains(c.stderr.String(), "shrank") {
+				t.Error("the error does not name the cause")
+			}
+			c.gone()
+		})
+	}
+}
+
 // TestUnprivileged: an ordinary user gets the same where user namespaces are
 // allowed, else exit status 5 and what to do.
 func TestUnprivileged(t *testing.T) {

@@ -192,6 +192,16 @@ func memfd(size int64, f *strategies.Fault) (*os.File, error) {
 	return file, nil
 }
 
+// Err is the first error behind a SIGBUS that the workload saw.
+func (m *mount) Err() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.server == nil {
+		return nil
+	}
+	return m.server.Err()
+}
+
 func (m *mount) Attachment() strategies.Attachment { return m.attach }
 
 // ServeFaults takes uffd over and serves from its own threads on.
