@@ -95,7 +95,7 @@ func EnterSandbox(ctx context.Context) (status int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("start in a sandbox (mount and PID namespaces): %w: %w; "+
 			"run as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces above 0, kernel.apparmor_restrict_unprivileged_userns=0), "+
-			"or use the lab kernel: memsync lab -- memsync ...", err, region.ErrNotPermitted)
+			"or use the lab kernel (memsync lab -- COMMAND)", err, region.ErrNotPermitted)
 	}
 	go func() {
 		<-ctx.Done()

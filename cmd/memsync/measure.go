@@ -56,7 +56,6 @@ type measureOptions struct {
 	runs                  int
 	seed                  uint64
 	explain, asJSON       bool
-	network               bool // any of the network flags was given
 	pullWorkers, pushWork int
 }
 
