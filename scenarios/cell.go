@@ -18,6 +18,7 @@ import (
 	"memsync/scenarios/role"
 	"memsync/strategies"
 	"memsync/strategies/all"
+	"memsync/strategies/attach"
 	"memsync/strategies/backend"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
@@ -354,8 +355,16 @@ func (c *Cell) setup(seed uint64, dir string) role.Setup {
 func (c *Cell) work(seed uint64) role.Work {
 	return role.Work{
 		Op: c.Op, Access: c.Access, Threads: c.Threads, Think: c.Think, Limit: c.Limit, Budget: c.Budget, Seed: seed,
-		Size: c.Size, Content: region.Content{Seed: seed}, Input: c.Input, Via: c.Via,
+		Size: c.Size, Content: region.Content{Seed: seed}, Input: c.Input, Via: c.Via, Advice: c.advice(),
 	}
+}
+
+// advice is what the workload tells the kernel of its accesses.
+func (c *Cell) advice() string {
+	if !c.params.Has("advice") {
+		return attach.AdviceNone
+	}
+	return c.params.Text("advice")
 }
 
 // Estimate guesses how long one run takes, for progress only.

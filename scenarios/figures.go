@@ -156,6 +156,9 @@ func matrix(figure, variant string, rtts []int, set func(*Cell)) []*Cell {
 		switch {
 		case variant == Thesis:
 			c.Transport, c.Chunk = "local", 4096
+			if strategy == "direct-mount" || strategy == "managed-mount" {
+				c.Settings = append(c.Settings, "read_ahead=128KiB") // the kernel's default, as in the thesis
+			}
 			if rtt > 0 {
 				c.Shaper = netem.ShaperSleep
 			}

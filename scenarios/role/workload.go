@@ -36,6 +36,7 @@ type Work struct {
 	Content region.Content `json:"content"`
 	Input   string         `json:"input,omitempty"` // the file that the region must equal
 	Via     string         `json:"via"`             // map, file or path
+	Advice  string         `json:"advice"`          // none, sequential or random
 }
 
 // Touched is what was done; ops counts the touches of each thread, in the order
@@ -169,7 +170,7 @@ func (w *workload) attach(_ context.Context, body json.RawMessage, files []*os.F
 		a.File = files[0] // the view's from here on
 		closeAll(files[1:])
 	}
-	v, err := attach.Open(a, attach.Options{Via: w.work.Via})
+	v, err := attach.Open(a, attach.Options{Via: w.work.Via, Advice: w.work.Advice})
 	if err != nil {
 		return nil, nil, err
 	}

@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"memsync/strategies"
+	"memsync/strategies/attach"
 	"memsync/strategies/baseline"
 	"memsync/strategies/device"
 	"memsync/strategies/device/uffd"
@@ -52,6 +53,10 @@ func TransportOptions(p param.Values) transport.Options {
 func Specs(s strategies.Strategy, deviceName, transportName string) []param.Spec {
 	specs := append([]param.Spec{}, s.Info().Params...)
 	specs = append(specs, device.Params(deviceName)...)
+	if deviceName != "" && deviceName != "uffd" {
+		specs = append(specs, param.Spec{Name: "advice", Kind: param.KindEnum, Default: attach.AdviceNone, Values: []string{attach.AdviceNone, attach.AdviceSequential, attach.AdviceRandom},
+			Doc: "madvise(2) of the workload's mapping; told random, a touch reads one page and not the read-ahead window around it"})
+	}
 	if transportName != "local" {
 		specs = append(specs, nbd.Params()...)
 		specs = append(specs, param.Spec{Name: "congestion", Kind: param.KindString,

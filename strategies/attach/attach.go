@@ -34,17 +34,31 @@ const (
 // Options say how to access. The zero value maps.
 type Options struct {
 	Via string // ViaMap (also ""), ViaFile or ViaPath; the last two need a path or a memfd
+	// Advice is what the kernel is told of the accesses to come to a mapped path
+	// or memfd: AdviceNone (also ""), AdviceSequential or AdviceRandom. Without
+	// it the kernel reads its whole read-ahead window around a first touch; told
+	// "sequential" it reads the window ahead of it; told "random" it reads a page.
+	// Source: madvise(2); mm/filemap.c, do_sync_mmap_readahead.
+	Advice string
 }
+
+// The advices.
+const (
+	AdviceNone       = "none"
+	AdviceSequential = "sequential"
+	AdviceRandom     = "random"
+)
 
 // View is an attached region. ReadAt, WriteAt, Do and Sync may be called
 // concurrently; Close waits for them.
 type View struct {
-	a    strategies.Attachment
-	via  string
-	file *os.File // nil where there is none
-	own  bool     // file was opened here
-	mem  []byte   // the mapping, rounded up to pages; nil without one
-	uffd *os.File
+	a      strategies.Attachment
+	via    string
+	advice string
+	file   *os.File // nil where there is none
+	own    bool     // file was opened here
+	mem    []byte   // the mapping, rounded up to pages; nil without one
+	uffd   *os.File
 
 	mu     sync.RWMutex
 	closed bool
@@ -57,7 +71,7 @@ type View struct {
 // Errors: region.ErrNotSupported, ErrNotPermitted (userfaultfd), ErrOutOfRange
 // (a size of zero or below), or the system call's.
 func Open(a strategies.Attachment, o Options) (*View, error) {
-	v := &View{a: a, via: o.Via, file: a.File}
+	v := &View{a: a, via: o.Via, advice: o.Advice, file: a.File}
 	if v.via == "" {
 		v.via = ViaMap
 	}
@@ -103,12 +117,12 @@ func (v *View) open() error {
 		if v.via == ViaFile {
 			return nil
 		}
-		return v.mmap(int(f.Fd()), length, prot, flags)
+		return v.mapFile(f, length, prot, flags)
 	case strategies.AttachMemfd:
 		if v.via == ViaFile {
 			return nil
 		}
-		return v.mmap(int(v.file.Fd()), length, prot, flags)
+		return v.mapFile(v.file, length, prot, flags)
 	case strategies.AttachAnonymous:
 		err := v.mmap(-1, length, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 		if err != nil {
@@ -125,6 +139,22 @@ func (v *View) open() error {
 		return v.openFault(*v.a.Fault, prot)
 	}
 	return fmt.Errorf("attachment kind %q is unknown", v.a.Kind)
+}
+
+// mapFile maps f and passes the advice on.
+func (v *View) mapFile(f *os.File, length int64, prot, flags int) error {
+	if err := v.mmap(int(f.Fd()), length, prot, flags); err != nil {
+		return err
+	}
+	switch v.advice {
+	case "", AdviceNone:
+		return nil
+	case AdviceSequential:
+		return os.NewSyscallError("madvise", unix.Madvise(v.mem, unix.MADV_SEQUENTIAL))
+	case AdviceRandom:
+		return os.NewSyscallError("madvise", unix.Madvise(v.mem, unix.MADV_RANDOM))
+	}
+	return fmt.Errorf("advice %q; valid: %s, %s, %s", v.advice, AdviceNone, AdviceSequential, AdviceRandom)
 }
 
 func (v *View) openPath() (*os.File, error) {
