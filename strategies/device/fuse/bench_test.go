@@ -2,6 +2,7 @@ package fuse
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -24,7 +25,7 @@ import (
 )
 
 const (
-	settingsEnv = "MEMSYNC_FUSE_BENCH" // "k=v k=v": parameters for the benchmarks' daemon
+	settingsEnv = "MEMSYNC_FUSE_BENCH" // "k=v k=v": parameters for the benchmarks' daemon; BenchmarkMappedRead compares several, split by "|"
 	dirEnv      = "MEMSYNC_FUSE_TEST_DIR"
 	sizeEnv     = "MEMSYNC_FUSE_TEST_SIZE"
 )
@@ -55,7 +56,7 @@ func daemon() error {
 	if os.Getenv("MEMSYNC_FUSE_BENCH_COPY") != "" {
 		s = struct{ region.Store }{s} // hides View
 	}
-	d, err := Open(context.Background(), s, Options{Dir: os.Getenv(dirEnv), Params: p})
+	d, err := Open(context.Background(), s, Options{Dir: os.Getenv(dirEnv), ReadOnly: true, Params: p})
 	if err != nil {
 		return err
 	}
@@ -210,10 +211,12 @@ func read(t testing.TB, path, cache, mode string, n, cpu int) []time.Duration {
 	return took
 }
 
-// BenchmarkMappedRead reads a cold file through a mapping, page by page, and
-// reports its throughput over that of a cached tmpfs file, read the same way from
-// the same place (floor_map), both medians of interleaved runs in one go.
+// BenchmarkMappedRead reads a cold file through a mapping, page by page, in turns
+// with a cached tmpfs file, read the same way from the same place (floor_map). A
+// ratio is of two neighbours in time; best_ratio is of the best of each. With
+// several settings each has a daemon, and they take turns too.
 func BenchmarkMappedRead(b *testing.B) {
+	settings := strings.Split(os.Getenv(settingsEnv), "|")
 	for _, place := range []struct {
 		name             string
 		daemon, workload int
@@ -229,28 +232,42 @@ func BenchmarkMappedRead(b *testing.B) {
 				}
 				p = nil
 				runtime.GC()
-				d := startDaemon(b, size, place.daemon)
-				read(b, d.path, "cold", "seq", 1, place.workload) // first touch of the machine's memory
-				var floor, fuse []time.Duration
-				const runs = 7
+				var daemons []bench
+				for _, s := range settings {
+					b.Setenv(settingsEnv, s)
+					d := startDaemon(b, size, place.daemon)
+					read(b, d.path, "cold", "seq", 1, place.workload) // first touch of the machine's memory
+					daemons = append(daemons, d)
+				}
+				const runs = 9
+				var floor []time.Duration
+				ratios, best := make([][]float64, len(daemons)), make([]time.Duration, len(daemons))
 				b.ResetTimer()
 				for range b.N {
-					floor, fuse = nil, nil
 					for range runs {
-						floor = append(floor, read(b, file, "warm", "seq", 1, place.workload)...)
-						fuse = append(fuse, read(b, d.path, "cold", "seq", 1, place.workload)...)
+						f := read(b, file, "warm", "seq", 1, place.workload)[0]
+						floor = append(floor, f)
+						for i, d := range daemons {
+							took := read(b, d.path, "cold", "seq", 1, place.workload)[0]
+							ratios[i] = append(ratios[i], f.Seconds()/took.Seconds())
+							best[i] = min(cmp.Or(best[i], took), took)
+						}
 					}
 				}
 				b.StopTimer()
 				slices.Sort(floor)
-				slices.Sort(fuse)
-				gbs := func(d time.Duration) float64 { return float64(size) / d.Seconds() / 1e9 }
-				b.ReportMetric(gbs(floor[runs/2]), "floor_GB/s")
-				b.ReportMetric(gbs(fuse[runs/2]), "fuse_GB/s")
-				b.ReportMetric(floor[runs/2].Seconds()/fuse[runs/2].Seconds(), "ratio")
-				b.ReportMetric(floor[0].Seconds()/fuse[0].Seconds(), "best_ratio")
+				b.ReportMetric(float64(size)/floor[len(floor)/2].Seconds()/1e9, "floor_GB/s")
 				b.ReportMetric(0, "ns/op")
-				b.Log(d.stop())
+				for i, d := range daemons {
+					r := ratios[i]
+					slices.Sort(r)
+					ratio, bestRatio := r[len(r)/2], floor[0].Seconds()/best[i].Seconds()
+					if i == 0 {
+						b.ReportMetric(ratio, "ratio")
+						b.ReportMetric(bestRatio, "best_ratio")
+					}
+					b.Logf("%q: ratio %.2f (quartiles %.2f, %.2f), best_ratio %.2f; %s", settings[i], ratio, r[len(r)/4], r[len(r)*3/4], bestRatio, d.stop())
+				}
 			})
 		}
 	}
