@@ -17,6 +17,7 @@ import (
 	"memsync/plots"
 	"memsync/results"
 	"memsync/scenarios"
+	"memsync/strategies/probe"
 )
 
 type runOptions struct {
@@ -129,7 +130,7 @@ func runRun(s *state, o *runOptions) error {
 	if err != nil || scratch == "" {
 		return err
 	}
-	w, seed, err := openResults(o)
+	w, seed, err := openResults(s, o)
 	if err != nil {
 		return err
 	}
@@ -216,9 +217,14 @@ func runRun(s *state, o *runOptions) error {
 }
 
 // openResults makes the result folder, or goes on in it with its own seed.
-func openResults(o *runOptions) (*results.Writer, uint64, error) {
+func openResults(s *state, o *runOptions) (*results.Writer, uint64, error) {
 	m := results.NewManifest()
 	m.Seed = o.seed
+	features, err := json.Marshal(probe.Run(machineProbes(s)))
+	if err != nil {
+		return nil, 0, exitWith(exitFailed, err)
+	}
+	m.Features = features
 	w, err := results.Create(o.out, m)
 	if errors.Is(err, fs.ErrExist) {
 		old, merr := results.ReadManifest(o.out)

@@ -188,6 +188,8 @@ func newHistogram() *hdrhistogram.Histogram { return hdrhistogram.New(10, int64(
 // run touches the region as told and times each touch.
 func (w *workload) run(ctx context.Context, _ none) (Touched, error) {
 	k := w.work
+	start, began := time.Now(), monotonic()
+	clock := func() int64 { return began + int64(time.Since(start)) }
 	t := Touched{Ops: make([]int64, k.Threads), Start: monotonic()}
 	if k.Op != "write" {
 		// The second page, as in the thesis; the only one where there is no second.
@@ -219,7 +221,7 @@ func (w *workload) run(ctx context.Context, _ none) (Touched, error) {
 			runtime.LockOSThread()
 			defer runtime.UnlockOSThread()
 			p := &parts[i]
-			now := monotonic()
+			now := clock()
 			for p.all = true; t.Ops[i] < limit; {
 				if now > deadline || ctx.Err() != nil {
 					p.all = false
@@ -241,7 +243,7 @@ func (w *workload) run(ctx context.Context, _ none) (Touched, error) {
 					p.all = false
 					break
 				}
-				end := monotonic()
+				end := clock()
 				_ = p.hist.RecordValue(end - now)
 				now = end
 				t.Ops[i]++
@@ -249,7 +251,7 @@ func (w *workload) run(ctx context.Context, _ none) (Touched, error) {
 				p.end = end
 				if k.Think > 0 {
 					time.Sleep(k.Think)
-					now = monotonic()
+					now = clock()
 				}
 			}
 		})

@@ -50,12 +50,45 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		return nil, fmt.Errorf("open the remote region: %w", err)
 	}
 	m := &mount{store: s, readOnly: o.ReadOnly, closed: make(chan struct{})}
-	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: o.Params})
+	warmed := make(chan struct{})
+	go func() {
+		defer close(warmed)
+		warm(ctx, s)
+	}()
+	defer func() { <-warmed }()
+	chunk := o.Chunk
+	if _, ok := s.(region.Viewer); ok {
+		chunk = 0 // no round trip to keep small
+	}
+	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, Chunk: chunk, ReadOnly: o.ReadOnly, Params: o.Params})
 	if err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return m, nil
 }
+
+// warm reads a little from a remote store while the device is being opened, so
+// that the first touch does not pay for what happens once: threads that start,
+// and code and buffers that are touched, at both ends. It costs one round trip,
+// beside the opening of the device. What it reads is thrown away, errors too:
+// whoever needs the bytes will see them.
+func warm(ctx context.Context, s region.Store) {
+	if _, ok := s.(region.Viewer); ok {
+		return // no path to warm
+	}
+	var wg sync.WaitGroup
+	for i := range int64(warmReads) {
+		if off := i * warmSize; off < s.Size() {
+			wg.Go(func() { _ = s.ReadAt(ctx, make([]byte, min(warmSize, s.Size()-off)), off) })
+		}
+	}
+	wg.Wait()
+}
+
+const (
+	warmReads = 4 // side by side, as the device's workers
+	warmSize  = 16 << 10
+)
 
 type mount struct {
 	store    region.Store

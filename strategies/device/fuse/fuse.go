@@ -34,8 +34,8 @@ import (
 // Params are the device's parameters.
 func Params() []param.Spec {
 	return []param.Spec{
-		{Name: "read_ahead", Kind: param.KindSize, Default: "1MiB", Max: 1 << 30,
-			Doc: "window of the kernel's read-ahead; one random touch pulls as much, one with MADV_RANDOM a page; above 128KiB needs root, else is 128KiB"},
+		{Name: "read_ahead", Kind: param.KindSize, Default: "", Max: 1 << 30,
+			Doc: "window of the kernel's read-ahead; one random touch pulls as much, one with MADV_RANDOM a page; by default 128KiB, or 1MiB of a store in memory; above 128KiB needs root, else is 128KiB"},
 		{Name: "max_read", Kind: param.KindSize, Default: "", Min: 4096, Max: 256 << 20,
 			Doc: "largest read request; by default the chunk, or 512KiB of a store in memory; the kernel's limit is fs.fuse.max_pages_limit pages"},
 		{Name: "max_write", Kind: param.KindSize, Default: "1MiB", Min: 4096, Max: 256 << 20,
@@ -58,7 +58,8 @@ type Options struct {
 	Dir  string // an existing folder, in which the mount point is made; absolute
 	Name string // of the file in it; empty is "region"
 	// Chunk is the largest read request in bytes, where Params do not set
-	// max_read; 0 is 128 KiB. A region.Viewer, whose reads cost no round trip, gets 512 KiB.
+	// max_read. 0 leaves it to the device: 128 KiB, or 512 KiB where the store is
+	// a region.Viewer, whose reads cost no round trip.
 	Chunk    int64
 	ReadOnly bool
 	Params   param.Values // of Params; the zero value means the defaults
@@ -138,10 +139,14 @@ func Open(ctx context.Context, store region.Store, o Options) (*Device, error) {
 	page := region.PageSize()
 	pages := func(n int64) int64 { return max(1, min(n/page, limit)) }
 	viewer, _ := store.(region.Viewer)
-	if viewer != nil {
-		o.Chunk = 512 << 10 // no round trip to keep small
+	readAhead, request := int64(kernelReadAhead), int64(128<<10)
+	if viewer != nil && o.Chunk == 0 {
+		readAhead, request = 1<<20, 512<<10 // no round trip to keep small
 	}
-	readPages := pages(cmp.Or(o.Params.Size("max_read"), o.Chunk, 128<<10))
+	if o.Params.IsSet("read_ahead") {
+		readAhead = o.Params.Size("read_ahead")
+	}
+	readPages := pages(cmp.Or(o.Params.Size("max_read"), o.Chunk, request))
 	writePages := pages(o.Params.Size("max_write"))
 	background := o.Params.Int("max_background")
 	d := &Device{
@@ -151,7 +156,7 @@ func Open(ctx context.Context, store region.Store, o Options) (*Device, error) {
 		attr: attr{size: store.Size(), mode: unix.S_IFREG | 0o600, uid: uint32(os.Geteuid()),
 			gid: uint32(os.Getegid()), time: time.Now().Unix()},
 		want: initOut{
-			maxReadahead: uint32(min(o.Params.Size("read_ahead"), math.MaxUint32)),
+			maxReadahead: uint32(min(readAhead, math.MaxUint32)),
 			// No FUSE_ASYNC_DIO: with it a thread in an O_DIRECT read cannot be
 			// killed, nor sends an INTERRUPT (fs/fuse/file.c, fuse_direct_IO).
 			flags:    flagAsyncRead | flagBigWrites | flagMaxPages | flagExplicitInval,
@@ -240,7 +245,7 @@ func (d *Device) handshake(ctx context.Context, o Options) (err error) {
 	if d.minor, err = deviceOf(d.path); err != nil {
 		return err
 	}
-	if err := d.setReadAhead(o); err != nil {
+	if err := d.setReadAhead(o, int64(d.want.maxReadahead)); err != nil {
 		return err
 	}
 	if d.want.flags&flagWritebackCache != 0 {
@@ -267,8 +272,7 @@ func (d *Device) handshake(ctx context.Context, o Options) (err error) {
 // FUSE_INIT can only make it smaller than the kernel's 128 KiB; larger ones go
 // through the backing device's attribute, which only root may write. Where that
 // fails the default stays, unless the user asked for the size.
-func (d *Device) setReadAhead(o Options) error {
-	want := o.Params.Size("read_ahead")
+func (d *Device) setReadAhead(o Options, want int64) error {
 	if want <= int64(kernelReadAhead) {
 		return nil
 	}
@@ -373,14 +377,13 @@ func (d *Device) close(ctx context.Context) error {
 			err = fmt.Errorf("unmount %s: still blocked %v after %w", d.path, grace, ctx.Err())
 		}
 	}
-	// The kernel ends the connection with the last mount. Another mount
-	// namespace may hold a copy, so do not count on it.
+	// The kernel ends the connection with the last mount. Another mount namespace
+	// may hold a copy, so do not count on it: it ends with our last descriptor too.
+	// (Never abort it by its number, through fusectl: once unmounted, the number
+	// may be another mount's.)
 	select {
 	case <-d.done:
 	case <-time.After(busy):
-		if d.minor != 0 {
-			_ = abort(d.minor)
-		}
 	}
 	d.cancel()
 	_, _ = d.stop.Write([]byte{1, 0, 0, 0, 0, 0, 0, 0}) // an eventfd takes 8 bytes

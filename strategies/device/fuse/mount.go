@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -105,34 +104,6 @@ func unescape(s string) string {
 }
 
 func bdiPath(minor int) string { return fmt.Sprintf("/sys/class/bdi/0:%d/read_ahead_kb", minor) }
-
-// abort cuts the connection: every waiting and later request of it fails with
-// ECONNABORTED. It needs root and works after a lazy unmount too.
-// Source: Documentation/filesystems/fuse.rst, "Control filesystem".
-func abort(minor int) error {
-	name := strconv.Itoa(minor) + "/abort"
-	// The control filesystem need not be mounted here: make it, unattached.
-	fs, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return os.WriteFile(filepath.Join("/sys/fs/fuse/connections", name), []byte("1"), 0)
-	}
-	defer unix.Close(fs)
-	if err := unix.FsconfigCreate(fs); err != nil {
-		return fmt.Errorf("make a fusectl: %w", err)
-	}
-	dir, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("make a fusectl: %w", err)
-	}
-	defer unix.Close(dir)
-	fd, err := unix.Openat(dir, name, unix.O_WRONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("open the abort file of FUSE connection %d: %w", minor, err)
-	}
-	defer unix.Close(fd)
-	_, err = unix.Write(fd, []byte("1"))
-	return err
-}
 
 // maxPagesLimit is the most pages that the kernel puts in one request
 // (fs.fuse.max_pages_limit, Linux 6.13; 256 before).

@@ -23,8 +23,9 @@ import (
 // port is one descriptor of the connection with its own queue of requests that
 // were read and not yet answered: a reply goes out where its request came in.
 type port struct {
-	f  *os.File // for its reference count: no reply can hit a reused descriptor
-	rc syscall.RawConn
+	f    *os.File // for its reference count: no reply can hit a reused descriptor
+	rc   syscall.RawConn
+	idle atomic.Int32 // goroutines that wait to read it
 }
 
 func newPort(fd int) (*port, error) {
@@ -34,7 +35,7 @@ func newPort(fd int) (*port, error) {
 		f.Close()
 		return nil, err
 	}
-	return &port{f, rc}, nil
+	return &port{f: f, rc: rc}, nil
 }
 
 func (p *port) close() { _ = p.f.Close() }
@@ -150,28 +151,43 @@ func (p *port) write(code int32, unique uint64, a, b []byte) error {
 // a WRITE begins on a page.
 const lead = 4096 - inHeaderSize - rwInSize
 
-// serve starts the loop that answers requests of p. What must not wait for the
-// store is answered in the loop; the rest in a worker each. The kernel bounds
-// their number: max_background and one per thread of the workload.
+// serve starts to answer requests of p.
 //
-// Where the store has views the loop answers reads itself and has a thread of
-// its own. Else it is a goroutine that waits in the runtime's poller: then the
-// workers run on the same thread as soon as it parks.
+// Where the store has views, a loop with a thread of its own answers reads of
+// views itself; the rest has a worker each. Else goroutines take turns: the one
+// that has read a request serves it, without a hand-over, and another one reads
+// the next. The kernel bounds their number: max_background and one per thread
+// of the workload.
 func (d *Device) serve(p *port) {
-	stop := int(d.stop.Fd())
 	d.loops.Add(1)
+	if d.viewer == nil {
+		go d.follow(p)
+		return
+	}
+	stop := int(d.stop.Fd())
 	go func() {
 		defer d.loops.Done()
-		if d.viewer == nil {
-			d.loop(p, p.read)
-			return
-		}
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		_ = p.rc.Control(func(fd uintptr) { // which keeps the descriptor open
 			d.loop(p, func(b []byte) (int, error) { return threadRead(fd, b, stop, d.spin) })
 		})
 	}()
+}
+
+// follow is one of the goroutines that take turns to read p. Whoever reads a
+// request while nobody else waits to read the next one starts a follower first.
+func (d *Device) follow(p *port) {
+	defer d.loops.Done()
+	d.loop(p, func(b []byte) (int, error) {
+		p.idle.Add(1)
+		n, err := p.read(b)
+		if p.idle.Add(-1) == 0 && err == nil {
+			d.loops.Add(1)
+			go d.follow(p)
+		}
+		return n, err
+	})
 }
 
 func (d *Device) loop(p *port, read func([]byte) (int, error)) {
@@ -262,13 +278,19 @@ func (d *Device) dispatch(p *port, h header, body []byte, b []byte) bool {
 	return false
 }
 
-// async registers a request and has f serve it in a worker.
+// async registers a request that may wait for the store and has f serve it: here
+// where others read on meanwhile, else in a worker.
 func (d *Device) async(p *port, h header, f func(*request)) {
 	q := d.inflight.add(d.ctx, h, d.timeout)
-	d.work(func() {
+	run := func() {
 		f(q)
 		d.inflight.remove(q) // after the answer: until then an INTERRUPT must find it
-	})
+	}
+	if d.viewer == nil {
+		run()
+	} else {
+		d.work(run)
+	}
 }
 
 // work runs f in an idle worker or a new one. Workers stay until the loops end,
