@@ -285,8 +285,6 @@ func newVector(size int) *vector {
 	return v
 }
 
-func (v *vector) datagram(i int) []byte { return v.bytes[i*v.size : (i+1)*v.size] }
-
 func (v *vector) call(trap uintptr, fd, n, flags int) (int, error) {
 	r, _, errno := unix.Syscall6(trap, uintptr(fd), uintptr(unsafe.Pointer(&v.msgs[0])), uintptr(n), uintptr(flags), 0, 0)
 	if errno != 0 {

@@ -52,7 +52,7 @@ func Fetch(ctx context.Context, cache string, words io.Writer) (*Kernel, error) 
 // CanFetch says whether Fetch could start: nil, or region.ErrNotSupported and why.
 func CanFetch() error {
 	if runtime.GOARCH != "amd64" {
-		return fmt.Errorf("Debian's User Mode Linux is for amd64, this is %s: %w", runtime.GOARCH, region.ErrNotSupported)
+		return fmt.Errorf("the User Mode Linux package of Debian is for amd64, this is %s: %w", runtime.GOARCH, region.ErrNotSupported)
 	}
 	for _, tool := range []string{"apt-get", "dpkg-deb"} {
 		if _, err := exec.LookPath(tool); err != nil {

@@ -56,7 +56,6 @@ type View struct {
 	via    string
 	advice string
 	file   *os.File // nil where there is none
-	own    bool     // file was opened here
 	mem    []byte   // the mapping, rounded up to pages; nil without one
 	uffd   *os.File
 

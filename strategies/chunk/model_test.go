@@ -81,12 +81,6 @@ func (s *scheduler) release(r *rand.Rand, err error) (what string) {
 	return o.what
 }
 
-func (s *scheduler) waiting() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.parked)
-}
-
 // source is a remote region that forgets what was not flushed when it crashes.
 type source struct {
 	mu               sync.Mutex
@@ -112,7 +106,6 @@ type conn struct {
 	*source
 	sched *scheduler
 	epoch int
-	name  string
 }
 
 func (c *conn) Size() int64  { return int64(len(c.content)) }

@@ -98,7 +98,6 @@ type remote struct {
 	store  region.Store
 	values param.Values
 	addr   net.Addr
-	ctx    context.Context
 }
 
 // Open implements strategies.Remote.

@@ -509,7 +509,7 @@ func TestInteropClient(t *testing.T) {
 		}
 		d := transport.DialFunc(func(ctx context.Context) (net.Conn, error) { return net.Dial("unix", sock) })
 		waitFor(t, "nbdkit listens", func() bool {
-			c, err := d.Dial(nil)
+			c, err := d.Dial(context.Background())
 			if err == nil {
 				c.Close()
 			}
