@@ -35,7 +35,7 @@ func params() []param.Spec {
 		{Name: "order", Kind: param.KindEnum, Default: "linear", Values: chunk.OrderNames(), Doc: "order of background pulls"},
 		{Name: "pull_first", Kind: param.KindSize, Default: "128KiB", Doc: "bytes at the region's start that are local before the device is opened"},
 		{Name: "extent", Kind: param.KindSize, Default: "512KiB", Min: 4096, Max: 32 << 20, Doc: "most bytes in one request, pull or push"},
-		{Name: "window", Kind: param.KindSize, Default: "0", Max: 1 << 30, Doc: "bytes of background pulls in flight; at least bandwidth x RTT fills the link; 0 is pull workers x extent"},
+		{Name: "window", Kind: param.KindSize, Default: "8MiB", Max: 1 << 30, Doc: "bytes of background pulls in flight; at least bandwidth x RTT fills the link; 0 is pull workers x extent, within a window of the transport that follows the path"},
 		{Name: "push_interval", Kind: param.KindDuration, Default: "1s", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "pause between background pushes"},
 		{Name: "dirty_limit", Kind: param.KindSize, Default: "256MiB", Doc: "bytes that may wait to be pushed before a writer has to; 0 is any"},
 		{Name: "cache_kind", Kind: param.KindEnum, Default: "memory", Values: []string{"memory", "file"}, Doc: "where local chunks are kept"},

@@ -21,7 +21,7 @@ const (
 	demandPiece     = 1 << 20   // a longer request goes out in pieces of this size
 	backgroundPiece = 256 << 10 // so that a demand request waits for little
 	maxPieces       = 32        // of one request in flight
-	spreadPiece     = 8 << 10   // the least that is worth a connection of its own; below the first window of TCP (RFC 6928)
+	spreadPiece     = 4 << 10   // the least that is worth a connection of its own; below the first window of TCP (RFC 6928)
 	spreadRTT       = time.Millisecond
 )
 
@@ -452,7 +452,7 @@ func (c *Client) transfer(ctx context.Context, cmd command, flags uint16, dst, s
 		piece = backgroundPiece
 	}
 	if c.far {
-		piece = min(piece, max(spreadPiece, region.RoundUp((n+int64(len(c.conns))-1)/int64(len(c.conns)), spreadPiece)))
+		piece = min(piece, max(spreadPiece, region.RoundUp((n+int64(len(c.conns))-1)/int64(len(c.conns)), 4096)))
 	}
 	piece = max(min(piece, c.export.Blocks.Maximum)&^(c.export.Blocks.Minimum-1), c.export.Blocks.Minimum)
 	payload := len(dst) > 0 || len(src) > 0
