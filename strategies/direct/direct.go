@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"time"
 
 	"memsync/strategies"
 	"memsync/strategies/device"
@@ -45,24 +46,32 @@ func (Strategy) Serve(ctx context.Context, t transport.Transport, conn net.Conn,
 // Mount opens the remote region and a device in front of it. Options.Chunk is
 // the largest read request, unless the device's parameters set another.
 func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Options) (strategies.Mount, error) {
+	began := time.Now()
 	s, err := r.Open(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("open the remote region: %w", err)
 	}
-	m := &mount{store: s, readOnly: o.ReadOnly, closed: make(chan struct{})}
-	warmed := make(chan struct{})
+	opened := time.Since(began)
+	m := &mount{store: s, readOnly: o.ReadOnly, closed: make(chan struct{}), warmed: make(chan struct{})}
+	warmCtx, cool := context.WithCancel(context.WithoutCancel(ctx))
+	m.cool = cool
 	go func() {
-		defer close(warmed)
-		warm(ctx, s)
+		defer close(m.warmed)
+		warm(warmCtx, s)
 	}()
-	defer func() { <-warmed }()
 	chunk := o.Chunk
 	if _, ok := s.(region.Viewer); ok {
 		chunk = 0 // no round trip to keep small
 	}
 	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, Chunk: chunk, ReadOnly: o.ReadOnly, Params: o.Params})
 	if err != nil {
+		m.coolDown()
 		return nil, errors.Join(err, s.Close())
+	}
+	select { // opening took two round trips at least, so one more should be over by then
+	case <-m.warmed:
+	case <-time.After(opened):
+	case <-ctx.Done():
 	}
 	return m, nil
 }
@@ -85,6 +94,11 @@ func warm(ctx context.Context, s region.Store) {
 	wg.Wait()
 }
 
+func (m *mount) coolDown() {
+	m.cool()
+	<-m.warmed
+}
+
 const (
 	warmReads = 4 // side by side, as the device's workers
 	warmSize  = 16 << 10
@@ -92,6 +106,8 @@ const (
 
 type mount struct {
 	store    region.Store
+	cool     func()        // ends warm
+	warmed   chan struct{} // closed when it has ended
 	dev      device.Device
 	readOnly bool
 	closing  sync.Once
@@ -130,6 +146,7 @@ func (m *mount) Stats() strategies.Stats {
 func (m *mount) Close(ctx context.Context) error {
 	m.closing.Do(func() {
 		defer close(m.closed)
+		m.coolDown()
 		err := m.dev.Close(ctx)
 		if err != nil {
 			err = errors.Join(err, m.dev.Err())
