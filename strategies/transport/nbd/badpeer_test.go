@@ -587,7 +587,8 @@ func TestServerStopsReading(t *testing.T) {
 				t.Error(err)
 			}
 			c.Close()
-			if err := <-done; err != nil {
+			// The replies to the abandoned writes may meet a client that has closed.
+			if err := <-done; err != nil && !errors.Is(err, syscall.EPIPE) {
 				t.Errorf("server: %v", err)
 			}
 		})
