@@ -45,6 +45,7 @@ func Main(args []string) int {
 				return err
 			}
 		}
+		populateProgram()
 		unix.CloseOnExec(socketFD)
 		c, err := newConn(os.NewFile(socketFD, "role"), "runner")
 		if err != nil {
@@ -70,6 +71,29 @@ func Main(args []string) int {
 		return 1
 	}
 	return 0
+}
+
+// populateProgram maps all pages of the program, which are in the page cache. A
+// role is a fresh process that does everything for the first time; its first
+// touch or first request should not be charged with the faults of its own code
+// (about 100 us in all). Where the kernel cannot (before Linux 5.14), it is not done.
+func populateProgram() {
+	exe, err := os.Readlink("/proc/self/exe")
+	if err != nil {
+		return
+	}
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		return
+	}
+	for line := range strings.Lines(string(maps)) {
+		var lo, hi uintptr
+		if strings.HasSuffix(strings.TrimSpace(line), exe) {
+			if n, _ := fmt.Sscanf(line, "%x-%x", &lo, &hi); n == 2 {
+				_, _, _ = unix.Syscall(unix.SYS_MADVISE, lo, hi-lo, unix.MADV_POPULATE_READ)
+			}
+		}
+	}
 }
 
 // Hello is the first answer of a role.
