@@ -38,6 +38,7 @@ var layers = []struct {
 	{"strategies/chunk", 10, false},
 	{"strategies/backend", 11, false},
 	{"strategies/storetest", 12, false},
+	{"strategies/mountinfo", 13, false},
 	{"strategies/param", 13, false},
 	{"strategies/region", 14, false},
 	{"results", 15, true},

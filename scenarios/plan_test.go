@@ -196,16 +196,6 @@ func TestResolve(t *testing.T) {
 	}
 }
 
-func TestUnescapeMount(t *testing.T) {
-	for in, want := range map[string]string{
-		"/plain": "/plain", `/a\040b`: "/a b", `/\011\012\134`: "/\t\n\\", `/end\04`: `/end\04`, `/\999`: `/\999`, "": "", `\`: `\`, `/\303\251`: "/é",
-	} {
-		if got := unescapeMount(in); got != want {
-			t.Errorf("%q: %q, want %q", in, got, want)
-		}
-	}
-}
-
 // TestCleanScratch: folders of the dead go, those of the living and of others stay.
 func TestCleanScratch(t *testing.T) {
 	tmp := t.TempDir()

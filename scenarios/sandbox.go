@@ -10,13 +10,13 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"memsync/strategies/mountinfo"
 	"memsync/strategies/region"
 )
 
@@ -201,34 +201,13 @@ func SetUpSandbox() error {
 
 // UnmountBelow detaches every mount below dir; for what a killed daemon left.
 func UnmountBelow(dir string) {
-	b, err := os.ReadFile("/proc/self/mountinfo")
+	mounts, err := mountinfo.Read()
 	if err != nil {
 		return
 	}
-	for line := range strings.Lines(string(b)) {
-		f := strings.Fields(line)
-		if len(f) < 5 {
-			continue
-		}
-		at := unescapeMount(f[4])
-		if strings.HasPrefix(at, dir+"/") || at == dir {
-			_ = unix.Unmount(at, unix.MNT_DETACH)
+	for _, m := range mounts {
+		if m.Point == dir || strings.HasPrefix(m.Point, dir+"/") {
+			_ = unix.Unmount(m.Point, unix.MNT_DETACH)
 		}
 	}
-}
-
-// unescapeMount undoes the octal escapes of mountinfo (proc_pid_mountinfo(5)).
-func unescapeMount(s string) string {
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+3 < len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -13,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"memsync/strategies/mountinfo"
 	"memsync/strategies/region"
 )
 
@@ -65,42 +67,16 @@ func mountFile(fd int, path string, readOnly bool, mode uint32, maxRead int64) e
 // folder in /sys/fs/fuse/connections and, as 0:N, in /sys/class/bdi. It reads
 // mountinfo, since a stat would be a request to ourselves.
 func deviceOf(path string) (int, error) {
-	b, err := os.ReadFile("/proc/thread-self/mountinfo")
+	mounts, err := mountinfo.Read()
 	if err != nil {
 		return 0, err
 	}
-	found := -1 // the last line counts: mounts may be stacked
-	for line := range strings.Lines(string(b)) {
-		f := strings.Fields(line) // id parent major:minor root mountpoint ...
-		if len(f) > 4 && unescape(f[4]) == path {
-			if _, minor, ok := strings.Cut(f[2], ":"); ok {
-				found, _ = strconv.Atoi(minor)
-			}
+	for _, m := range slices.Backward(mounts) { // the last counts: mounts may be stacked
+		if m.Point == path {
+			return m.Minor, nil
 		}
 	}
-	if found < 0 {
-		return 0, fmt.Errorf("find the mount %s in mountinfo: %w", path, region.ErrMissing)
-	}
-	return found, nil
-}
-
-// unescape undoes mountinfo's \ooo.
-func unescape(s string) string {
-	if !strings.Contains(s, `\`) {
-		return s
-	}
-	var b strings.Builder
-	for i := 0; i < len(s); i++ {
-		if s[i] == '\\' && i+4 <= len(s) {
-			if n, err := strconv.ParseUint(s[i+1:i+4], 8, 8); err == nil {
-				b.WriteByte(byte(n))
-				i += 3
-				continue
-			}
-		}
-		b.WriteByte(s[i])
-	}
-	return b.String()
+	return 0, fmt.Errorf("find the mount %s in mountinfo: %w", path, region.ErrMissing)
 }
 
 func bdiPath(minor int) string { return fmt.Sprintf("/sys/class/bdi/0:%d/read_ahead_kb", minor) }
