@@ -13,9 +13,10 @@ bench: build ## the main job: two figures, quick form, on a real shaped link (mi
 	bin/memsync doctor
 	bin/memsync run $(FIGURES) --quick --runs $(RUNS) --out $(OUT)
 
+# One package at a time: tests that measure time must not compete with others.
 test: build ## all tests
 	@echo "fetches: Go modules that are not in the module cache yet; for LAB=1 also, once, Debian's user-mode-linux (into the user cache)"
-	MEMSYNC_TEST_LAB=$(LAB) $(GO) test -count=1 ./...
+	LAB=$(LAB) $(GO) test -p 1 -count=1 ./...
 	@if [ "$(LAB)" = 0 ]; then echo "left out: the tests in the lab kernel (LAB=0)"; fi
 
 build: ## bin/memsync
@@ -23,7 +24,7 @@ build: ## bin/memsync
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/memsync ./cmd/memsync
 
 race: ## all tests under the race detector (needs gcc)
-	MEMSYNC_TEST_LAB=0 $(GO) test -race -count=1 ./...
+	LAB=0 $(GO) test -p 1 -race -count=1 ./...
 
 lint: ## formatting, vet, staticcheck; the layer rules are a test (scenarios/layers_test.go)
 	@test -z "$$(gofmt -l .)" || { echo "gofmt would change:"; gofmt -l .; exit 1; }
