@@ -21,8 +21,16 @@ type Figure struct {
 	Cells func(variant string, quick bool) []*Cell
 }
 
-// Figures returns all figures.
+// Figures returns all figures, family by family.
 func Figures() []Figure {
+	return slices.Concat(
+		rttFigures(),
+		collectorFigures(),
+	)
+}
+
+// rttFigures are the main ones: every strategy against the round-trip time.
+func rttFigures() []Figure {
 	series := []results.FigureSeries{
 		{Key: "userfaultfd", Label: "userfaultfd", Thesis: "userfaultfd"},
 		{Key: "direct-mount", Label: "direct mount", Thesis: "direct"},
@@ -71,14 +79,13 @@ func Figures() []Figure {
 				})
 			},
 		},
-		gcTail(),
 	}
 }
 
-// gcTail asks whether the fault handler should be written in a language without
+// collectorFigures asks whether the fault handler should be written in a language without
 // a garbage collector: the tail of the fault latency with the daemon's collector
 // on, off, and under allocation load.
-func gcTail() Figure {
+func collectorFigures() []Figure {
 	spec := func(quantile, label string) results.FigureSpec {
 		return results.FigureSpec{
 			Name: "gc-tail-" + quantile, Figure: "gc-tail", Title: "Fault latency and the daemon's garbage collector: " + label, Kind: results.FigureBar,
@@ -104,7 +111,7 @@ func gcTail() Figure {
 		}
 		return cells
 	}
-	return f
+	return []Figure{f}
 }
 
 // thesisThroughputSize is how much the thesis read: it changed with the RTT.
