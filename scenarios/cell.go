@@ -58,6 +58,9 @@ type Cell struct {
 	Budget          time.Duration
 	Floors          bool  // measure the yardsticks beside each run
 	Missing         error // why it cannot run here; its runs are recorded as unsupported
+	// Strategies has Strategy by its name; nil is those of strategies/all. The
+	// roles must be started by a program that has them too.
+	Strategies strategies.Registry
 
 	kernel   string
 	params   param.Values
@@ -86,7 +89,10 @@ const minBudget = time.Millisecond
 // are of the request; others (region.ErrNotSupported, ErrNotPermitted) are of this
 // machine, and the cell is then complete enough to be recorded as unsupported.
 func (c *Cell) Resolve() error {
-	st, err := all.Registry().Get(c.Strategy)
+	if c.Strategies == nil {
+		c.Strategies = all.Registry()
+	}
+	st, err := c.Strategies.Get(c.Strategy)
 	if err != nil {
 		return usage("%w", err)
 	}

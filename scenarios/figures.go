@@ -193,10 +193,10 @@ func (f Figure) Has(variant string) bool {
 	return f.Variants == nil || slices.Contains(f.Variants, variant)
 }
 
-// FigureByName finds a figure; the error of an unknown name lists the valid ones.
-func FigureByName(name string) (Figure, error) {
+// FigureByName finds one of figures; the error of an unknown name lists the valid ones.
+func FigureByName(figures []Figure, name string) (Figure, error) {
 	var names []string
-	for _, f := range Figures() {
+	for _, f := range figures {
 		if f.Spec.Name == name {
 			return f, nil
 		}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -121,7 +120,7 @@ func checkReport(schema *jsonschema.Schema, text, runs, status string, cell []st
 
 // eachCommand calls f for every command that users see.
 func eachCommand(f func(*cobra.Command)) {
-	for _, c := range newRootCmd(&state{stdout: &bytes.Buffer{}, stderr: &bytes.Buffer{}}).Commands() {
+	for _, c := range program().Commands() {
 		if c.Name() != "help" && c.Name() != "completion" && !c.Hidden {
 			f(c)
 		}

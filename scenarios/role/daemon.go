@@ -31,6 +31,7 @@ type Mounted struct {
 
 // daemon is the process with the strategy's destination side.
 type daemon struct {
+	known strategies.Registry
 	local region.Store // with transport local
 	mount strategies.Mount
 }
@@ -94,7 +95,7 @@ func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.
 	if err := json.Unmarshal(body, &a); err != nil {
 		return nil, nil, err
 	}
-	st, params, err := a.Setup.Resolve()
+	st, params, err := a.Setup.Resolve(d.known)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"memsync/strategies"
 	"memsync/strategies/region"
 )
 
@@ -30,9 +31,9 @@ const (
 const socketFD = 3
 
 // Main runs a role in this process until the runner closes the socket. args are
-// the role's name and, optionally, the CPUs it may use ("0,2-3").
-// It returns the process's exit status.
-func Main(args []string) int {
+// the role's name and, optionally, the CPUs it may use ("0,2-3"); known are the
+// strategies that a cell may name. It returns the process's exit status.
+func Main(known strategies.Registry, args []string) int {
 	if len(args) < 1 || len(args) > 2 {
 		fmt.Fprintln(os.Stderr, "memsync role: started by memsync itself, not by hand")
 		return 6
@@ -55,9 +56,9 @@ func Main(args []string) int {
 		var ops map[string]handler
 		switch args[0] {
 		case Source:
-			ops = (&source{}).ops()
+			ops = (&source{known: known}).ops()
 		case Daemon:
-			ops = (&daemon{}).ops()
+			ops = (&daemon{known: known}).ops()
 		case Workload:
 			ops = (&workload{}).ops()
 		default:

@@ -33,8 +33,8 @@ type Setup struct {
 }
 
 // Resolve looks the cell's strategy up and validates its parameters.
-func (s Setup) Resolve() (strategies.Strategy, param.Values, error) {
-	st, err := all.Registry().Get(s.Strategy)
+func (s Setup) Resolve(known strategies.Registry) (strategies.Strategy, param.Values, error) {
+	st, err := known.Get(s.Strategy)
 	if err != nil {
 		return nil, param.Values{}, err
 	}
@@ -50,6 +50,7 @@ type Listening struct {
 
 // source is the process that has the data and serves a transport.
 type source struct {
+	known strategies.Registry
 	store region.Store
 	setup Setup
 
@@ -78,7 +79,7 @@ type listenArgs struct {
 }
 
 func (s *source) listen(_ context.Context, a listenArgs) (l Listening, err error) {
-	st, params, err := s.setup.Resolve()
+	st, params, err := s.setup.Resolve(s.known)
 	if err != nil {
 		return l, err
 	}

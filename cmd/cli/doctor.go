@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"bytes"
@@ -85,5 +85,5 @@ func machineProbes(s *state) []probe.Probe {
 			return "", err
 		}})
 	}
-	return append(list, lab.Probe(s.env))
+	return append(append(list, lab.Probe(s.env)), s.program.Probes...)
 }

@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"encoding/json"
@@ -61,6 +61,7 @@ type measureOptions struct {
 
 func newMeasureCmd(s *state) *cobra.Command {
 	o := &measureOptions{}
+	o.cell.Strategies = s.program.Strategies
 	c := &cobra.Command{
 		Use:   "measure --strategy NAME",
 		Short: "Measure one cell, now",
@@ -107,7 +108,7 @@ missing here; 5 not permitted or the link could not be calibrated; 6 wrong usage
 	f.BoolVar(&o.explain, "explain", false, "say what would be measured and how, and stop")
 	f.BoolVar(&o.asJSON, "json", false, "print one JSON object (docs/measure.schema.json)")
 	completions(c, map[string]func() []string{
-		"strategy": func() []string { return all.Registry().Names() },
+		"strategy": s.program.Strategies.Names,
 		"device":   func() []string { return append([]string{"auto"}, all.DeviceNames()...) },
 		"profile":  profileNames, "transport": func() []string { return append(all.TransportNames(), "local") },
 		"op": scenarios.Ops, "access": func() []string { return []string{"seq", "random", "reverse", "zipf"} },
@@ -144,7 +145,7 @@ func rateText(r int64) string {
 func (o *measureOptions) resolve(f *pflag.FlagSet) error {
 	c := &o.cell
 	if c.Strategy == "" {
-		return exitWith(exitUsage, fmt.Errorf("--strategy is required; valid: %s", strings.Join(all.Registry().Names(), ", ")))
+		return exitWith(exitUsage, fmt.Errorf("--strategy is required; valid: %s", strings.Join(c.Strategies.Names(), ", ")))
 	}
 	if o.profile != "" {
 		p, err := netem.ProfileByName(o.profile)
@@ -341,7 +342,7 @@ func explain(w io.Writer, c *scenarios.Cell, r *scenarios.Report) {
 			fmt.Fprintf(w, "  %-14s %v\n", k, r.Cell[k])
 		}
 	}
-	st, err := all.Registry().Get(c.Strategy)
+	st, err := c.Strategies.Get(c.Strategy)
 	if err != nil {
 		return
 	}

@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"encoding/json"
@@ -23,7 +23,7 @@ type listing struct {
 	make func() (data any, head []string, lines [][]string)
 }
 
-func listings() []listing {
+func listings(p Program) []listing {
 	return []listing{
 		{"strategies", func() (any, []string, [][]string) {
 			type entry struct {
@@ -36,7 +36,7 @@ func listings() []listing {
 			}
 			var data []entry
 			var lines [][]string
-			for _, st := range all.Registry() {
+			for _, st := range p.Strategies {
 				i := st.Info()
 				e := entry{i.Name, i.Doc, i.Capabilities, i.Devices, all.Specs(st, i.Devices[0], "nbd"), i.Consistency}
 				data = append(data, e)
@@ -61,7 +61,7 @@ func listings() []listing {
 			}
 			var data []entry
 			var lines [][]string
-			for _, f := range scenarios.Figures() {
+			for _, f := range p.Figures {
 				e := entry{f.Spec.Name, f.Spec.Title, f.Spec.Thesis, len(f.Cells(scenarios.Network, false)), len(f.Cells(scenarios.Network, true))}
 				data = append(data, e)
 				lines = append(lines, []string{e.Name, fmt.Sprint(e.Cells), fmt.Sprint(e.Quick), e.Title})
@@ -108,7 +108,7 @@ func writeColumns(s *state, lines [][]string) error {
 func newListCmd(s *state) *cobra.Command {
 	var asJSON bool
 	var names []string
-	for _, l := range listings() {
+	for _, l := range listings(s.program) {
 		names = append(names, l.name)
 	}
 	c := &cobra.Command{
@@ -119,7 +119,7 @@ func newListCmd(s *state) *cobra.Command {
 		ValidArgs: names,
 		RunE: func(_ *cobra.Command, args []string) error {
 			all := map[string]any{}
-			for _, l := range listings() {
+			for _, l := range listings(s.program) {
 				if len(args) == 1 && args[0] != l.name {
 					continue
 				}

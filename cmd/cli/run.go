@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"encoding/json"
@@ -46,7 +46,7 @@ the reason.`,
   memsync run latency-first-chunk-rttvar-1 throughput-rttvar-1 --variant thesis
   memsync run --all --shard 2/8 --out results/out/part2`,
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			return figureNames(), cobra.ShellCompDirectiveNoFileComp
+			return s.program.figureNames(), cobra.ShellCompDirectiveNoFileComp
 		},
 		RunE: func(c *cobra.Command, args []string) error {
 			o.figures = args
@@ -67,24 +67,24 @@ the reason.`,
 	return c
 }
 
-func figureNames() []string {
+func (p Program) figureNames() []string {
 	var names []string
-	for _, f := range scenarios.Figures() {
+	for _, f := range p.Figures {
 		names = append(names, f.Spec.Name)
 	}
 	return names
 }
 
 // check validates the options.
-func (o *runOptions) check() (figures []scenarios.Figure, variants []string, err error) {
+func (o *runOptions) check(p Program) (figures []scenarios.Figure, variants []string, err error) {
 	if o.all == (len(o.figures) > 0) {
-		return nil, nil, fmt.Errorf("name figures or give --all; valid: %s", strings.Join(figureNames(), ", "))
+		return nil, nil, fmt.Errorf("name figures or give --all; valid: %s", strings.Join(p.figureNames(), ", "))
 	}
 	if o.all {
-		o.figures = figureNames()
+		o.figures = p.figureNames()
 	}
 	for _, name := range o.figures {
-		f, err := scenarios.FigureByName(name)
+		f, err := scenarios.FigureByName(p.Figures, name)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -122,7 +122,7 @@ func (o *runOptions) check() (figures []scenarios.Figure, variants []string, err
 }
 
 func runRun(s *state, o *runOptions) error {
-	figures, variants, err := o.check()
+	figures, variants, err := o.check(s.program)
 	if err != nil {
 		return exitWith(exitUsage, err)
 	}
@@ -150,6 +150,7 @@ func runRun(s *state, o *runOptions) error {
 				if o.budgetSet {
 					c.Budget = o.budget
 				}
+				c.Strategies = s.program.Strategies
 				if err := c.Resolve(); err != nil {
 					if errors.Is(err, scenarios.ErrUsage) {
 						return exitWith(exitFailed, fmt.Errorf("figure %s, %s: %w", f.Spec.Name, c.Strategy, err))
@@ -259,7 +260,7 @@ func finishManifest(dir string, r *scenarios.Runner) error {
 func show(s *state, dir string, figures []scenarios.Figure, variants []string) error {
 	rows, err := results.Read(dir)
 	if errors.Is(err, results.ErrUnclosed) {
-		fmt.Fprintln(s.stderr, "memsync:", err)
+		fmt.Fprintf(s.stderr, "%s: %v\n", s.program.Name, err)
 	} else if err != nil {
 		return err
 	}
@@ -296,7 +297,7 @@ func newPlotCmd(s *state) *cobra.Command {
 		Example: "  memsync plot results/out/throughput-rttvar-1",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
-			err := show(s, args[0], scenarios.Figures(), scenarios.Variants())
+			err := show(s, args[0], s.program.Figures, scenarios.Variants())
 			switch {
 			case errors.Is(err, fs.ErrNotExist):
 				return exitWith(exitUsage, err)

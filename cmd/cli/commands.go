@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"github.com/spf13/cobra"
@@ -15,11 +15,11 @@ func commands(s *state) []*cobra.Command {
 	}
 }
 
-// hidden runs the hidden commands that memsync starts itself with (they must not
+// hidden runs the hidden commands that the program starts itself with (they must not
 // install signal handlers or parse flags), and reports whether args was one.
-func hidden(args []string) (code int, ok bool) {
+func (p Program) hidden(args []string) (code int, ok bool) {
 	if len(args) > 0 && args[0] == "role" {
-		return role.Main(args[1:]), true
+		return role.Main(p.Strategies, args[1:]), true
 	}
 	return lab.Main(args)
 }
