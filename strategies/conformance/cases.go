@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"memsync/strategies"
 	"memsync/strategies/region"
 	"memsync/strategies/storetest"
@@ -237,10 +239,8 @@ func (s suite) TestReadOnly(t *testing.T) {
 			t.Errorf("write: %v, want ErrReadOnly", err)
 		}
 		if g.Attachment().Kind == strategies.AttachPath {
-			f, err := os.OpenFile(g.Attachment().Path, os.O_WRONLY, 0) // opening touches no byte
-			if err == nil {
-				t.Error("the device can be opened for writing")
-				f.Close()
+			if err := mapWritable(g.Attachment().Path); err == nil {
+				t.Error("the device can be mapped for writing")
 			}
 		}
 	}
@@ -248,6 +248,21 @@ func (s suite) TestReadOnly(t *testing.T) {
 	if err := same(source.Snapshot(), want, 0); err != nil {
 		t.Errorf("source: %v", err)
 	}
+}
+
+// mapWritable tries to get a writable shared mapping, of which it touches no byte.
+// (A block device that is read-only can be opened for writing, but not mapped or written.)
+func mapWritable(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	p, err := unix.Mmap(int(f.Fd()), 0, 1, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	return unix.Munmap(p)
 }
 
 // TestErrors: a source that fails reads gives the workload an error, not wrong
@@ -334,9 +349,12 @@ func (s suite) TestStalledRead(t *testing.T) {
 
 // TestStalledReadDeadline: the device's deadline, where it has one, ends a read of a stalled source.
 func (s suite) TestStalledReadDeadline(t *testing.T) {
-	name := ""
+	name, deadline, more := "", deadline, ""
 	for _, p := range s.Strategy.Info().Params {
-		if p.Name == "request_timeout" || p.Name == "deadline" {
+		switch {
+		case s.Device == "nbd" && p.Name == "nbd_timeout": // whole seconds, for each connection
+			name, deadline, more = p.Name, time.Second, "nbd_connections=1"
+		case s.Device != "nbd" && (p.Name == "request_timeout" || p.Name == "deadline"):
 			name = p.Name
 		}
 	}
@@ -347,7 +365,7 @@ func (s suite) TestStalledReadDeadline(t *testing.T) {
 	source := storetest.Seeded(region.Content{Seed: 6}, 8*s.chunk())
 	f := storetest.NewFaulty(source)
 	f.Stall(storetest.Read)
-	g := s.mount(t, f, nil, "pull_first=0", name+"="+deadline.String())
+	g := s.mount(t, f, nil, "pull_first=0", name+"="+deadline.String(), more)
 	g.ended = true // a mount may report the error once more when it is closed
 	begun := time.Now()
 	if _, err := g.read(ctx, 5, 100); !errors.Is(err, errAccess) {

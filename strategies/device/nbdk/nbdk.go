@@ -45,7 +45,7 @@ func Params() []param.Spec {
 		{Name: "nbd_connections", Kind: param.KindInt, Default: "4", Min: 1, Max: 16,
 			Doc: "sockets, each with a queue of its own; fewer where the server does not allow several"},
 		{Name: "nbd_timeout", Kind: param.KindDuration, Default: "30s", Min: int64(time.Second), Max: int64(time.Hour),
-			Doc: "a request without an answer fails with EIO after this time; whole seconds"},
+			Doc: "a request without an answer is given to the next connection after this time (up to twice as long), and fails with EIO after the last; whole seconds"},
 		{Name: "nbd_dead_timeout", Kind: param.KindDuration, Default: "0s", Max: int64(time.Hour),
 			Doc: "how long requests wait for a new connection when all are lost; whole seconds; netlink only"},
 		{Name: "nbd_ready", Kind: param.KindEnum, Default: "poll", Values: []string{"poll", "uevent"},
@@ -347,8 +347,15 @@ func (d *Device) Err() error {
 }
 
 // writeBack is fsync, but asks the server to flush only if it was given anything.
+// A fresh descriptor reports the errors of write-back that nobody was told of
+// (mm/filemap.c, errseq_t); ours would repeat those that the workload has seen.
 func (d *Device) writeBack() error {
-	c, err := d.node.SyscallConn()
+	f, err := os.Open(d.Path())
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	c, err := f.SyscallConn()
 	if err != nil {
 		return err
 	}
@@ -359,7 +366,7 @@ func (d *Device) writeBack() error {
 	if err := errors.Join(err, sync); err != nil || d.stats().WriteRequests == 0 {
 		return err
 	}
-	return d.node.Sync()
+	return f.Sync()
 }
 
 // Flush writes the page cache back and flushes the store, by fsync of the device.
