@@ -19,7 +19,12 @@ require (
 	lukechampine.com/blake3 v1.4.1
 )
 
-require github.com/santhosh-tekuri/jsonschema/v6 v6.0.3 // indirect
+require (
+	github.com/cespare/xxhash/v2 v2.3.0
+	github.com/klauspost/compress v1.18.0
+	github.com/santhosh-tekuri/jsonschema/v6 v6.0.3 // indirect
+	github.com/zeebo/blake3 v0.2.4
+)
 
 require (
 	codeberg.org/go-fonts/liberation v0.5.0 // indirect

@@ -36,6 +36,7 @@ var layers = []struct {
 	{"strategies/transport/nbd", 8, false},
 	{"strategies/transport", 9, false},
 	{"strategies/chunk", 10, false},
+	{"strategies/hash", 10, false},
 	{"strategies/backend", 11, false},
 	{"strategies/storetest", 12, false},
 	{"strategies/mountinfo", 13, false},

@@ -13,6 +13,7 @@ import (
 	"memsync/strategies"
 	"memsync/strategies/all"
 	"memsync/strategies/backend"
+	"memsync/strategies/hash"
 	"memsync/strategies/param"
 )
 
@@ -77,7 +78,35 @@ func listings(p Program) []listing {
 		}},
 		{"devices", named(all.DeviceNames)}, {"transports", named(func() []string { return append(all.TransportNames(), "local") })},
 		{"backends", named(backend.Names)},
+		{"hashes", func() (any, []string, [][]string) {
+			const chunks = 1 << 18 // 1 GiB in chunks of 4 KiB
+			type entry struct {
+				Name     string  `json:"name"`
+				Bits     int     `json:"bits"`
+				Strong   bool    `json:"strong"`
+				Portable bool    `json:"portable"`
+				Missed   float64 `json:"missed"`
+				Collides float64 `json:"collides"`
+				Doc      string  `json:"doc"`
+			}
+			var data []entry
+			var lines [][]string
+			for _, f := range hash.Funcs() {
+				e := entry{f.Name, f.Bits(), f.Strong, f.Portable, f.Missed(chunks), f.Collides(chunks), f.Doc}
+				data = append(data, e)
+				lines = append(lines, []string{e.Name, fmt.Sprint(e.Bits), yesNo(e.Strong), yesNo(e.Portable), fmt.Sprintf("%.2g", e.Missed), fmt.Sprintf("%.2g", e.Collides), e.Doc})
+			}
+			// MISSED: a change among 2^18 changed chunks (1 GiB in 4 KiB) goes unseen. COLLIDES: two of them have the same digest.
+			return data, []string{"NAME", "BITS", "STRONG", "PORTABLE", "MISSED/2^18", "COLLIDES/2^18", "WHAT"}, lines
+		}},
 	}
+}
+
+func yesNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
 }
 
 func named(names func() []string) func() (any, []string, [][]string) {
