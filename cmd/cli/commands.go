@@ -11,7 +11,7 @@ import (
 func commands(s *state) []*cobra.Command {
 	return []*cobra.Command{
 		newListCmd(s), newMeasureCmd(s), newRunCmd(s), newPlotCmd(s), newCleanCmd(s),
-		newDoctorCmd(s), newLabCmd(s),
+		newDoctorCmd(s), newLabCmd(s), newServeCmd(s),
 	}
 }
 

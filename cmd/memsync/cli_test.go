@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/santhosh-tekuri/jsonschema/v6"
@@ -32,6 +33,7 @@ func TestMain(m *testing.M) {
 //	                            schema, with N runs of that status;
 //	                            each cell.KEY is VALUE
 //	lines N FILE                the file has N lines
+//	awaits FILE                 until the file is there
 func TestScripts(t *testing.T) {
 	schema := compileSchema(t)
 	testscript.Run(t, testscript.Params{
@@ -54,6 +56,15 @@ func TestScripts(t *testing.T) {
 			},
 			"report": func(ts *testscript.TestScript, _ bool, args []string) {
 				ts.Check(checkReport(schema, ts.ReadFile("stdout"), args[0], args[1], args[2:]))
+			},
+			"awaits": func(ts *testscript.TestScript, _ bool, args []string) {
+				for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
+					if _, err := os.Lstat(ts.MkAbs(args[0])); err == nil {
+						return
+					} else if time.Now().After(end) {
+						ts.Fatalf("%v", err)
+					}
+				}
 			},
 			"lines": func(ts *testscript.TestScript, _ bool, args []string) {
 				if n := strings.Count(ts.ReadFile(args[1]), "\n"); strconv.Itoa(n) != args[0] {

@@ -49,7 +49,7 @@ type command struct {
 	cmd    *exec.Cmd
 	dir    string // working folder
 	tmp    string
-	stdout bytes.Buffer
+	stdout lockedBuffer
 	stderr lockedBuffer
 	done   chan struct{}
 }
@@ -253,7 +253,7 @@ func TestInterrupt(t *testing.T) {
 			}
 			c.signal(pid, p.sig)
 			c.exit(130, patience)
-			if strings.HasPrefix(name, "start") && c.stdout.Len() == 0 { // before there was anything to say
+			if strings.HasPrefix(name, "start") && c.stdout.String() == "" { // before there was anything to say
 				c.gone()
 				return
 			}

@@ -377,10 +377,9 @@ func (s *session) perform(ctx context.Context, r request, data *[]byte) error {
 			err = s.store.WriteAt(ctx, *data, off)
 		}
 	case cmdWriteZeroes:
-		if s.traits.zeroer == nil && r.flags&cmdFlagFastZero != 0 {
-			return s.send([][]byte{s.refusal(nil, r, ENOTSUP, "not faster than a write")})
+		if err = s.zero(ctx, off, n, r.flags); errors.Is(err, errSlowZero) {
+			return s.send([][]byte{s.refusal(nil, r, ENOTSUP, err.Error())})
 		}
-		err = s.zero(ctx, off, n, r.flags&cmdFlagNoHole == 0)
 	case cmdTrim:
 		err = s.traits.trimmer.Trim(ctx, off, n)
 	case cmdCache:
@@ -397,12 +396,19 @@ func (s *session) perform(ctx context.Context, r request, data *[]byte) error {
 	return s.send([][]byte{s.done(nil, r)})
 }
 
-func (s *session) zero(ctx context.Context, off, n int64, hole bool) error {
+var errSlowZero = errors.New("not faster than a write")
+
+// zero writes zeroes, by a write where the store has no better way; if that may
+// not be (NBD_CMD_FLAG_FAST_ZERO) it returns errSlowZero.
+func (s *session) zero(ctx context.Context, off, n int64, flags uint16) error {
 	if s.traits.zeroer != nil {
-		err := s.traits.zeroer.WriteZeroes(ctx, off, n, hole)
+		err := s.traits.zeroer.WriteZeroes(ctx, off, n, flags&cmdFlagNoHole == 0)
 		if !errors.Is(err, region.ErrNotSupported) {
 			return err
 		}
+	}
+	if flags&cmdFlagFastZero != 0 {
+		return errSlowZero
 	}
 	if n == 0 {
 		return nil

@@ -372,7 +372,7 @@ func (s *session) option(out []byte, o option, data []byte) (_ []byte, proceed b
 		}
 		if err := s.open(name); err != nil {
 			if errors.Is(err, region.ErrMissing) {
-				return refuse(repErrUnknown, "no export %q", name)
+				return refuse(repErrUnknown, "export %q: %v", name, err)
 			}
 			return refuse(repErrPolicy, "export %q: %v", name, err)
 		}

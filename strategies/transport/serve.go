@@ -1,0 +1,91 @@
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"memsync/strategies/region"
+)
+
+// Export is a region with a name.
+type Export struct {
+	Name  string
+	Store region.Store
+}
+
+// Named is an Exports of several regions, in the order of the list. Where there
+// is only one, the empty name means it too.
+type Named []Export
+
+// Open returns the region called name.
+func (n Named) Open(name string) (region.Store, error) {
+	for _, e := range n {
+		if e.Name == name || name == "" && len(n) == 1 {
+			return e.Store, nil
+		}
+	}
+	return nil, fmt.Errorf("no region %q; valid: %s: %w", name, strings.Join(n.List(), ", "), region.ErrMissing)
+}
+
+// List returns the names.
+func (n Named) List() []string {
+	var names []string
+	for _, e := range n {
+		names = append(names, e.Name)
+	}
+	return names
+}
+
+// Accept calls handle, on a goroutine of its own, for each connection that l
+// gives, at most limit at once; others wait in the kernel's queue. handle
+// closes its connection and returns soon after ctx ends. When ctx ends or l
+// fails, Accept closes l, ends the context that handle got, and returns once
+// all calls of handle have: nil at the end of ctx.
+func Accept(ctx context.Context, l net.Listener, limit int, handle func(context.Context, net.Conn)) error {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+	var handlers sync.WaitGroup
+	defer handlers.Wait()
+	defer stop()
+	defer cancel()
+	places := make(chan struct{}, limit)
+	for {
+		select {
+		case places <- struct{}{}:
+		case <-ctx.Done():
+			return nil
+		}
+		c, err := l.Accept()
+		switch {
+		case err == nil:
+			handlers.Go(func() {
+				defer func() { <-places }()
+				handle(ctx, c)
+			})
+			continue
+		case ctx.Err() != nil:
+			return nil
+		}
+		<-places
+		// The connection's own trouble, or a lack that may pass (accept(2)).
+		passing := false
+		for _, no := range []error{unix.ECONNABORTED, unix.EMFILE, unix.ENFILE, unix.ENOBUFS, unix.ENOMEM, unix.EPROTO} {
+			passing = passing || errors.Is(err, no)
+		}
+		if !passing {
+			return fmt.Errorf("accept connections on %v: %w", l.Addr(), err)
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
