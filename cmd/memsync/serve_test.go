@@ -162,9 +162,9 @@ func TestServeInterop(t *testing.T) {
 		must(t, "qemu-img", "qemu-utils", "compare", "-f", "raw", "-F", "raw", uri["second region"], roURI["ro"])
 	})
 	c.signal(c.cmd.Process.Pid, unix.SIGTERM)
-	c.exit(exitInterrupted, 5*time.Second)
+	c.exit(130, 5*time.Second)
 	ro.signal(ro.cmd.Process.Pid, unix.SIGINT)
-	ro.exit(exitInterrupted, 5*time.Second)
+	ro.exit(130, 5*time.Second)
 }
 
 // Garbage, silence and the limit of connections cost nobody else anything, and
@@ -215,7 +215,7 @@ func TestServeBadClients(t *testing.T) {
 		t.Error(err)
 	}
 	c.signal(c.cmd.Process.Pid, unix.SIGTERM)
-	c.exit(exitInterrupted, 5*time.Second)
+	c.exit(130, 5*time.Second)
 	if err := s.ReadAt(t.Context(), make([]byte, 1), 0); err == nil {
 		t.Error("still served")
 	}
