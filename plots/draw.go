@@ -47,10 +47,8 @@ func Draw(rows []results.Row, spec results.FigureSpec, outDir string) ([]string,
 		return nil, fmt.Errorf("draw figure %s: %w", spec.Name, err)
 	}
 	variants := map[string][]results.Row{}
-	for _, r := range rows {
-		if r.Figure == cmp.Or(spec.Figure, spec.Name) {
-			variants[r.Variant] = append(variants[r.Variant], r)
-		}
+	for _, r := range spec.Rows(rows) {
+		variants[r.Variant] = append(variants[r.Variant], r)
 	}
 	if len(variants) == 0 {
 		return nil, fmt.Errorf("draw figure %s: there are no records of it: %w", spec.Name, ErrNoData)

@@ -1,7 +1,10 @@
 package results
 
 import (
+	"cmp"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 )
 
@@ -61,10 +64,26 @@ type FigureSpec struct {
 	Title  string
 	Kind   FigureKind
 	X, Y   Axis
-	Keys   []string       // columns (or params.NAME) that tell series apart
-	Series []FigureSeries // order, labels and colours; series that are not named follow in order of their keys
-	Thesis string         // the thesis's figure that lies beneath; empty for none
-	Note   string         // a sentence for the caption, such as what a reader must know of the method
+	Where  map[string][]string // only rows whose column has one of the texts; nil is all rows of the figure
+	Keys   []string            // columns (or params.NAME) that tell series apart
+	Series []FigureSeries      // order, labels and colours; series that are not named follow in order of their keys
+	Thesis string              // the thesis's figure that lies beneath; empty for none
+	Note   string              // a sentence for the caption, such as what a reader must know of the method
+}
+
+// Rows returns those of rows that the figure shows.
+func (f FigureSpec) Rows(rows []Row) []Row {
+	return Filter(rows, func(r Row) bool {
+		if r.Figure != cmp.Or(f.Figure, f.Name) {
+			return false
+		}
+		for column, texts := range f.Where {
+			if v, err := r.Get(column); err != nil || !slices.Contains(texts, v) {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 // Query returns what Group needs to make the figure's series.
@@ -92,7 +111,7 @@ func (f FigureSpec) Check() error {
 	if m, ok := MetricByName(f.Y.Column); !ok || m.Name == RunMetric {
 		return fault("no metric %q", f.Y.Column)
 	}
-	for _, c := range append([]string{f.X.Column, f.X.Position}, f.Keys...) {
+	for _, c := range slices.Concat([]string{f.X.Column, f.X.Position}, f.Keys, slices.Collect(maps.Keys(f.Where))) {
 		if c == "" {
 			continue
 		}

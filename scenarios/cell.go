@@ -148,6 +148,9 @@ func (c *Cell) Resolve() error {
 	if c.params, err = param.New(all.Specs(st, c.Device, c.Transport), c.Settings); err != nil {
 		return usage("%w", err)
 	}
+	if c.direct() && c.Via == "map" {
+		return usage("o_direct goes past the page cache, which a mapping cannot: use --via file or path")
+	}
 	shaperErr := c.pickShaper()
 	if errors.Is(shaperErr, ErrUsage) {
 		return shaperErr
@@ -361,7 +364,7 @@ func (c *Cell) setup(seed uint64, dir string) role.Setup {
 func (c *Cell) work(seed uint64) role.Work {
 	return role.Work{
 		Op: c.Op, Access: c.Access, Threads: c.Threads, Think: c.Think, Limit: c.Limit, Budget: c.Budget, Seed: seed,
-		Size: c.Size, Content: region.Content{Seed: seed}, Input: c.Input, Via: c.Via, Advice: c.advice(),
+		Size: c.Size, Content: region.Content{Seed: seed}, Input: c.Input, Via: c.Via, Advice: c.advice(), Direct: c.direct(),
 	}
 }
 
@@ -372,6 +375,9 @@ func (c *Cell) advice() string {
 	}
 	return c.params.Text("advice")
 }
+
+// direct reports whether the workload goes past the page cache.
+func (c *Cell) direct() bool { return c.params.Has("o_direct") && c.params.Bool("o_direct") }
 
 // Estimate guesses how long one run takes, for progress only.
 func (c *Cell) Estimate() time.Duration {

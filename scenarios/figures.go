@@ -12,7 +12,7 @@ import (
 // Figure is a scenario that makes one plot: its cells, and how they are drawn.
 type Figure struct {
 	Spec results.FigureSpec
-	// More are further pictures of the same records; their Name tells the files apart.
+	// More are further pictures of the same records, each with a Name of its own.
 	More []results.FigureSpec
 	// Variants it has; nil is both.
 	Variants []string
@@ -25,20 +25,36 @@ type Figure struct {
 func Figures() []Figure {
 	return slices.Concat(
 		rttFigures(),
+		thesisFigures(),
 		collectorFigures(),
 	)
 }
 
-// rttFigures are the main ones: every strategy against the round-trip time.
-func rttFigures() []Figure {
-	series := []results.FigureSeries{
+// strategySeries are the series of figures that compare strategies.
+func strategySeries() []results.FigureSeries {
+	return []results.FigureSeries{
 		{Key: "userfaultfd", Label: "userfaultfd", Thesis: "userfaultfd"},
 		{Key: "direct-mount", Label: "direct mount", Thesis: "direct"},
 		{Key: "managed-mount", Label: "managed mount", Thesis: "managed"},
 		{Key: "memory", Label: "memory (baseline)", Baseline: true},
 		{Key: "disk", Label: "disk (baseline)", Baseline: true},
+		{Key: "nbd-direct", Label: "NBD alone"},
 	}
-	rtt := results.Axis{Column: "rtt_ms", Position: "rtt_measured_ms", Label: "RTT", Unit: "ms"}
+}
+
+// remoteSeries leaves the baselines out.
+func remoteSeries() []results.FigureSeries {
+	return slices.DeleteFunc(strategySeries(), func(s results.FigureSeries) bool { return s.Baseline })
+}
+
+func rttAxis() results.Axis {
+	return results.Axis{Column: "rtt_ms", Position: "rtt_measured_ms", Label: "RTT", Unit: "ms"}
+}
+
+// rttFigures are the main ones: every strategy against the round-trip time.
+func rttFigures() []Figure {
+	series := strategySeries()
+	rtt := rttAxis()
 	return []Figure{
 		{
 			Spec: results.FigureSpec{
@@ -152,36 +168,54 @@ func points(quick bool, all []int) []int {
 // that every shaper reaches it on two cores.
 const NetworkRate = 1_000_000_000
 
-// matrix is the matrix of the rttvar figures: three strategies at every RTT, the
+// cellOf is a cell of a figure, in the form of its variant: in the thesis's, a
+// local store with a pause before each call, and its chunks and worker counts;
+// else a link of NetworkRate. Baselines have no link.
+func cellOf(figure, variant, strategy string, rtt time.Duration) *Cell {
+	c := &Cell{Figure: figure, Variant: variant, Strategy: strategy, PullWorkers: -1, PushWorkers: -1, Limit: WholeRegion, Budget: 2 * time.Second}
+	c.Link.RTT = rtt
+	switch {
+	case variant == Thesis:
+		c.Transport, c.Chunk = "local", 4096
+		if strategy == "direct-mount" || strategy == "managed-mount" {
+			c.Settings = append(c.Settings, "read_ahead=128KiB") // the kernel's default, as in the thesis
+		}
+		if rtt > 0 {
+			c.Shaper = netem.ShaperSleep
+		}
+		if strategy == "managed-mount" {
+			c.PullWorkers, c.PushWorkers = 4096, 4096
+		}
+	case !isBaseline(strategy):
+		c.Link.Rate = NetworkRate
+	}
+	return c
+}
+
+func isBaseline(strategy string) bool { return strategy == "memory" || strategy == "disk" }
+
+// remotes are the strategies that a figure of both variants compares:
+// nbd-direct needs a source across a link, so the thesis's variant has none.
+func remotes(variant string) []string {
+	if variant == Thesis {
+		return []string{"userfaultfd", "direct-mount", "managed-mount"}
+	}
+	return []string{"userfaultfd", "direct-mount", "managed-mount", "nbd-direct"}
+}
+
+// matrix is the matrix of the rttvar figures: each remote strategy at every RTT, the
 // baselines once.
 func matrix(figure, variant string, rtts []int, set func(*Cell)) []*Cell {
 	var cells []*Cell
 	add := func(strategy string, rtt time.Duration) {
-		c := &Cell{Figure: figure, Variant: variant, Strategy: strategy, PullWorkers: -1, PushWorkers: -1, Budget: 2 * time.Second}
-		c.Link.RTT = rtt
-		baseline := strategy == "memory" || strategy == "disk"
-		switch {
-		case variant == Thesis:
-			c.Transport, c.Chunk = "local", 4096
-			if strategy == "direct-mount" || strategy == "managed-mount" {
-				c.Settings = append(c.Settings, "read_ahead=128KiB") // the kernel's default, as in the thesis
-			}
-			if rtt > 0 {
-				c.Shaper = netem.ShaperSleep
-			}
-			if strategy == "managed-mount" {
-				c.PullWorkers, c.PushWorkers = 4096, 4096
-			}
-		case !baseline:
-			c.Link.Rate = NetworkRate
-		}
+		c := cellOf(figure, variant, strategy, rtt)
 		set(c)
 		cells = append(cells, c)
 	}
 	add("memory", 0)
 	add("disk", 0)
 	for _, ms := range rtts {
-		for _, s := range []string{"userfaultfd", "direct-mount", "managed-mount"} {
+		for _, s := range remotes(variant) {
 			add(s, time.Duration(ms)*time.Millisecond)
 		}
 	}
@@ -193,14 +227,22 @@ func (f Figure) Has(variant string) bool {
 	return f.Variants == nil || slices.Contains(f.Variants, variant)
 }
 
-// FigureByName finds one of figures; the error of an unknown name lists the valid ones.
+// Pictures returns the figure's pictures, its own first.
+func (f Figure) Pictures() []results.FigureSpec {
+	return append([]results.FigureSpec{f.Spec}, f.More...)
+}
+
+// FigureByName finds one of figures by its name or that of one of its pictures;
+// the error of an unknown name lists the valid ones.
 func FigureByName(figures []Figure, name string) (Figure, error) {
 	var names []string
 	for _, f := range figures {
-		if f.Spec.Name == name {
-			return f, nil
+		for _, p := range f.Pictures() {
+			if p.Name == name {
+				return f, nil
+			}
+			names = append(names, p.Name)
 		}
-		names = append(names, f.Spec.Name)
 	}
 	return Figure{}, usage("unknown figure %q; valid: %s", name, strings.Join(names, ", "))
 }

@@ -57,15 +57,27 @@ func listings(p Program) []listing {
 				Name   string `json:"name"`
 				Title  string `json:"title"`
 				Thesis string `json:"thesis,omitempty"`
+				Of     string `json:"of,omitempty"` // the figure whose records it shows
 				Cells  int    `json:"cells"`
 				Quick  int    `json:"quick_cells"`
 			}
 			var data []entry
 			var lines [][]string
 			for _, f := range p.Figures {
-				e := entry{f.Spec.Name, f.Spec.Title, f.Spec.Thesis, len(f.Cells(scenarios.Network, false)), len(f.Cells(scenarios.Network, true))}
-				data = append(data, e)
-				lines = append(lines, []string{e.Name, fmt.Sprint(e.Cells), fmt.Sprint(e.Quick), e.Title})
+				variant := scenarios.Network
+				if !f.Has(variant) {
+					variant = scenarios.Thesis
+				}
+				cells, quick := len(f.Cells(variant, false)), len(f.Cells(variant, true))
+				for i, spec := range f.Pictures() {
+					e := entry{Name: spec.Name, Title: spec.Title, Thesis: spec.Thesis, Cells: cells, Quick: quick}
+					columns := []string{e.Name, fmt.Sprint(cells), fmt.Sprint(quick), e.Title}
+					if i > 0 {
+						e.Of = f.Spec.Name
+						columns = []string{e.Name, "-", "-", e.Title + " (records of " + e.Of + ")"}
+					}
+					data, lines = append(data, e), append(lines, columns)
+				}
 			}
 			return data, []string{"NAME", "CELLS", "QUICK", "WHAT"}, lines
 		}},

@@ -46,7 +46,7 @@ the reason.`,
   memsync run latency-first-chunk-rttvar-1 throughput-rttvar-1 --variant thesis
   memsync run --all --shard 2/8 --out results/out/part2`,
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			return s.program.figureNames(), cobra.ShellCompDirectiveNoFileComp
+			return s.program.pictureNames(), cobra.ShellCompDirectiveNoFileComp
 		},
 		RunE: func(c *cobra.Command, args []string) error {
 			o.figures = args
@@ -75,10 +75,22 @@ func (p Program) figureNames() []string {
 	return names
 }
 
+// pictureNames are all names that run takes: those of figures, and of further
+// pictures of their records.
+func (p Program) pictureNames() []string {
+	var names []string
+	for _, f := range p.Figures {
+		for _, spec := range f.Pictures() {
+			names = append(names, spec.Name)
+		}
+	}
+	return names
+}
+
 // check validates the options.
 func (o *runOptions) check(p Program) (figures []scenarios.Figure, variants []string, err error) {
 	if o.all == (len(o.figures) > 0) {
-		return nil, nil, fmt.Errorf("name figures or give --all; valid: %s", strings.Join(p.figureNames(), ", "))
+		return nil, nil, fmt.Errorf("name figures or give --all; valid: %s", strings.Join(p.pictureNames(), ", "))
 	}
 	if o.all {
 		o.figures = p.figureNames()
@@ -88,7 +100,9 @@ func (o *runOptions) check(p Program) (figures []scenarios.Figure, variants []st
 		if err != nil {
 			return nil, nil, err
 		}
-		figures = append(figures, f)
+		if !slices.ContainsFunc(figures, func(g scenarios.Figure) bool { return g.Spec.Name == f.Spec.Name }) {
+			figures = append(figures, f)
+		}
 	}
 	if variants, err = scenarios.CheckVariant(o.variant); err != nil {
 		return nil, nil, err
@@ -273,7 +287,7 @@ func show(s *state, dir string, figures []scenarios.Figure, variants []string) e
 			if err := printFigure(s, f.Spec, v, of); err != nil {
 				return err
 			}
-			for _, spec := range append([]results.FigureSpec{f.Spec}, f.More...) {
+			for _, spec := range f.Pictures() {
 				files, err := plots.Draw(of, spec, filepath.Join(dir, "plots"))
 				if err != nil {
 					fmt.Fprintf(s.stderr, "no picture of %s (%s): %v\n", spec.Name, v, err)

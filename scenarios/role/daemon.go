@@ -12,6 +12,8 @@ import (
 	"memsync/strategies"
 	"memsync/strategies/all"
 	"memsync/strategies/backend"
+	"memsync/strategies/chunk"
+	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
 )
@@ -60,13 +62,18 @@ type remote struct {
 	dialer    transport.Dialer
 	options   transport.Options
 	local     region.Store
+	params    param.Values
 }
 
 func (r remote) Open(ctx context.Context) (region.Store, error) {
 	if r.local != nil {
-		return keepOpen{r.local}, nil
+		return chunk.Split(keepOpen{r.local}, chunk.SplitDestination, r.params), nil
 	}
-	return r.transport.Open(ctx, r.dialer, r.options)
+	s, err := r.transport.Open(ctx, r.dialer, r.options)
+	if err != nil {
+		return nil, err
+	}
+	return chunk.Split(s, chunk.SplitDestination, r.params), nil
 }
 
 func (r remote) Dial(ctx context.Context) (net.Conn, error) {
@@ -99,11 +106,13 @@ func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.
 	if err != nil {
 		return nil, nil, err
 	}
-	r := remote{local: d.local}
-	if d.local != nil && a.Setup.Sleep > 0 {
-		r.local = backend.Delayed{Store: d.local, RTT: time.Duration(a.Setup.Sleep)}
-	}
-	if d.local == nil {
+	r := remote{params: params}
+	if d.local != nil {
+		r.local = chunk.Split(d.local, chunk.SplitSource, params)
+		if a.Setup.Sleep > 0 {
+			r.local = backend.Delayed{Store: r.local, RTT: time.Duration(a.Setup.Sleep)}
+		}
+	} else {
 		if r.transport, err = all.Transport(a.Setup.Transport); err != nil {
 			return nil, nil, err
 		}

@@ -12,6 +12,7 @@ import (
 	"memsync/strategies"
 	"memsync/strategies/all"
 	"memsync/strategies/backend"
+	"memsync/strategies/chunk"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
@@ -89,9 +90,10 @@ func (s *source) listen(_ context.Context, a listenArgs) (l Listening, err error
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.stop = cancel
+	store := chunk.Split(s.store, chunk.SplitSource, params)
 	s.conns = map[net.Conn]bool{}
 	region, err := s.accept(ctx, a.Addr, func(c net.Conn) {
-		if err := st.Serve(ctx, tr, c, transport.One{Name: "region", Store: s.store}, params); err != nil && ctx.Err() == nil {
+		if err := st.Serve(ctx, tr, c, transport.One{Name: "region", Store: store}, params); err != nil && ctx.Err() == nil {
 			fmt.Fprintln(os.Stderr, "source: serve:", err)
 		}
 	})

@@ -37,6 +37,7 @@ type Work struct {
 	Input   string         `json:"input,omitempty"` // the file that the region must equal
 	Via     string         `json:"via"`             // map, file or path
 	Advice  string         `json:"advice"`          // none, sequential or random
+	Direct  bool           `json:"direct"`          // past the page cache; not with a mapping
 }
 
 // Touched is what was done; ops counts the touches of each thread, in the order
@@ -170,7 +171,7 @@ func (w *workload) attach(_ context.Context, body json.RawMessage, files []*os.F
 		a.File = files[0] // the view's from here on
 		closeAll(files[1:])
 	}
-	v, err := attach.Open(a, attach.Options{Via: w.work.Via, Advice: w.work.Advice})
+	v, err := attach.Open(a, attach.Options{Via: w.work.Via, Advice: w.work.Advice, Direct: w.work.Direct})
 	if err != nil {
 		return nil, nil, err
 	}

@@ -55,7 +55,9 @@ func Specs(s strategies.Strategy, deviceName, transportName string) []param.Spec
 	specs = append(specs, device.Params(deviceName)...)
 	if deviceName != "" && deviceName != "uffd" {
 		specs = append(specs, param.Spec{Name: "advice", Kind: param.KindEnum, Default: attach.AdviceNone, Values: []string{attach.AdviceNone, attach.AdviceSequential, attach.AdviceRandom},
-			Doc: "madvise(2) of the workload's mapping; told random, a touch reads one page and not the read-ahead window around it"})
+			Doc: "madvise(2) of the workload's mapping; told random, a touch reads one page and not the read-ahead window around it"},
+			param.Spec{Name: "o_direct", Kind: param.KindBool, Default: "false",
+				Doc: "the workload opens the device past the page cache, so that each 4 KiB access is a request; with --via file or path"})
 	}
 	if transportName != "local" {
 		specs = append(specs, nbd.Params()...)

@@ -40,6 +40,10 @@ type Options struct {
 	// "sequential" it reads the window ahead of it; told "random" it reads a page.
 	// Source: madvise(2); mm/filemap.c, do_sync_mmap_readahead.
 	Advice string
+	// Direct opens the path past the page cache (O_DIRECT): each access is a request
+	// to the device, whose block offsets, lengths and buffers must be multiples of.
+	// For ViaFile and ViaPath of a path only. Source: open(2).
+	Direct bool
 }
 
 // The advices.
@@ -55,6 +59,7 @@ type View struct {
 	a      strategies.Attachment
 	via    string
 	advice string
+	direct bool
 	file   *os.File // nil where there is none
 	mem    []byte   // the mapping, rounded up to pages; nil without one
 	uffd   *os.File
@@ -70,7 +75,7 @@ type View struct {
 // Errors: region.ErrNotSupported, ErrNotPermitted (userfaultfd), ErrOutOfRange
 // (a size of zero or below), or the system call's.
 func Open(a strategies.Attachment, o Options) (*View, error) {
-	v := &View{a: a, via: o.Via, advice: o.Advice, file: a.File}
+	v := &View{a: a, via: o.Via, advice: o.Advice, direct: o.Direct, file: a.File}
 	if v.via == "" {
 		v.via = ViaMap
 	}
@@ -100,6 +105,8 @@ func (v *View) open() error {
 	case v.via == ViaPath && v.a.Kind != strategies.AttachPath,
 		v.via == ViaFile && v.a.Kind != strategies.AttachPath && v.a.Kind != strategies.AttachMemfd:
 		return fmt.Errorf("access via %s: %w", v.via, region.ErrNotSupported)
+	case v.direct && (v.a.Kind != strategies.AttachPath || v.via == ViaMap):
+		return fmt.Errorf("O_DIRECT needs a path, and access via %s or %s: %w", ViaFile, ViaPath, region.ErrNotSupported)
 	case (v.a.Kind == strategies.AttachMemfd || v.a.Kind == strategies.AttachAnonymous) && v.file == nil:
 		return errors.New("the attachment's file is missing")
 	}
@@ -160,6 +167,9 @@ func (v *View) openPath() (*os.File, error) {
 	mode := unix.O_RDWR
 	if v.a.ReadOnly {
 		mode = unix.O_RDONLY
+	}
+	if v.direct {
+		mode |= unix.O_DIRECT
 	}
 	return os.OpenFile(v.a.Path, mode, 0)
 }

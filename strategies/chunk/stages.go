@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 
+	"memsync/strategies/param"
 	"memsync/strategies/region"
 )
 
@@ -108,6 +109,31 @@ func (a *Arbitrary) WriteAt(ctx context.Context, p []byte, off int64) error {
 		defer unlock()
 		return a.Store.WriteAt(ctx, p, off)
 	})
+}
+
+// The sides on which Split may cut requests.
+const (
+	SplitNone        = "none"
+	SplitSource      = "source"
+	SplitDestination = "destination"
+)
+
+// SplitParams are the parameters of Split, for strategies that reach the source
+// through a store on the destination's side.
+func SplitParams() []param.Spec {
+	return []param.Spec{
+		{Name: "split", Kind: param.KindEnum, Default: SplitNone, Values: []string{SplitNone, SplitSource, SplitDestination},
+			Doc: "which side cuts requests into pieces of split_size, one after another: the source before its backend, or the destination before the transport"},
+		{Name: "split_size", Kind: param.KindSize, Default: "2KiB", Min: 1, Max: 1 << 30, Doc: "bytes of a piece"},
+	}
+}
+
+// Split returns s, Limited where the parameters have that side cut requests.
+func Split(s region.Store, side string, p param.Values) region.Store {
+	if !p.Has("split") || p.Text("split") != side {
+		return s
+	}
+	return Limited{s, p.Size("split_size")}
 }
 
 // Limited splits requests into pieces of at most Max bytes (above 0), one after

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"memsync/strategies"
+	"memsync/strategies/chunk"
 	"memsync/strategies/device"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
@@ -30,7 +31,7 @@ func (Strategy) Info() strategies.Info {
 		Doc:          "local device; each of its requests is one request to the source",
 		Capabilities: []strategies.Capability{strategies.Reads, strategies.Writes},
 		Devices:      devices,
-		Params:       device.Params(devices...),
+		Params:       append(chunk.SplitParams(), device.Params(devices...)...),
 		DefaultChunk: 64 << 10,
 		Consistency: "One reader and writer host. Readers of the device see its writers at once (one page cache). " +
 			"Writes reach the source when the kernel writes them back: by msync or fsync and then Sync, or by Close. " +
@@ -59,11 +60,11 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		defer close(m.warmed)
 		warm(warmCtx, s)
 	}()
-	chunk := o.Chunk
+	maxRead := o.Chunk
 	if _, ok := s.(region.Viewer); ok {
-		chunk = 0 // no round trip to keep small
+		maxRead = 0 // no round trip to keep small
 	}
-	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, Chunk: chunk, ReadOnly: o.ReadOnly, Params: o.Params})
+	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, Chunk: maxRead, ReadOnly: o.ReadOnly, Params: o.Params})
 	if err != nil {
 		m.coolDown()
 		return nil, errors.Join(err, s.Close())

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -50,7 +51,7 @@ func (Strategy) Info() strategies.Info {
 		Doc:          "local device on a local cache, with background pull and push",
 		Capabilities: []strategies.Capability{strategies.Reads, strategies.Writes, strategies.Prefetch},
 		Devices:      devices,
-		Params:       append(params(), device.Params(devices...)...),
+		Params:       slices.Concat(params(), chunk.SplitParams(), device.Params(devices...)),
 		DefaultChunk: 64 << 10,
 		PullWorkers:  16, // x extent is the window
 		PushWorkers:  4,
