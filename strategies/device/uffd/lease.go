@@ -68,12 +68,12 @@ func (l *lease) expire(now time.Time) {
 }
 
 // watch is the watchdog.
-func (s *Server) watch(workers []*worker) {
-	t := time.NewTicker(max(s.o.Deadline/8, time.Millisecond))
+func (v *events) watch(workers []*worker) {
+	t := time.NewTicker(max(v.deadline/8, time.Millisecond))
 	defer t.Stop()
 	for {
 		select {
-		case <-s.ctx.Done():
+		case <-v.ctx.Done():
 			return
 		case now := <-t.C:
 			for _, w := range workers {

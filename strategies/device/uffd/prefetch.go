@@ -1,7 +1,5 @@
 package uffd
 
-import "golang.org/x/sys/unix"
-
 // follow notes a fault at page off, whose block is [lo, hi), and asks for more
 // where its stream is sequential. held is the page's content where it is a trip
 // page that was pulled. mu is held.
@@ -61,7 +59,7 @@ func (s *Server) advance(i int) (more bool) {
 
 // pull does the background work until Close.
 func (s *Server) pull(w *worker) {
-	defer unix.Munmap(w.buf)
+	defer w.free()
 	for {
 		j, ok := s.nextJob()
 		if !ok {

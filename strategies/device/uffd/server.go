@@ -9,7 +9,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -62,25 +61,14 @@ type Stats struct {
 // Server answers the page faults of another process's mapping from a
 // region.Store. Use Serve to make one; all methods may be called concurrently.
 type Server struct {
-	uffd   *os.File
-	fd     int
-	base   uintptr
-	size   int64 // of the store
-	length int64 // of the mapping
-	page   int64
-	o      Options
-	store  region.Store
-	viewer region.Viewer // nil where the store has none
+	events
+	size    int64 // of the store
+	o       Options
+	store   region.Store
+	viewer  region.Viewer // nil where the store has none
+	closing sync.Once
 
-	ctx      context.Context // ends with Close
-	cancel   context.CancelFunc
-	stopping atomic.Bool
-	baton    baton // of the handler that reads the next event
-	handlers []*worker
-	threads  sync.WaitGroup // handlers, copiers and the watchdog
-	closing  sync.Once
-
-	faults, coalesced, trips, errs           atomic.Int64
+	coalesced, trips, errs                   atomic.Int64
 	fills, fillBytes, pulls, pullBytes, live atomic.Int64
 
 	mu      sync.Mutex
@@ -94,21 +82,7 @@ type Server struct {
 	cursor  int64 // PrefetchAll: next offset to pull
 	streams [8]stream
 	clock   uint64
-	err     error // first error
 	closed  error // what Close returned
-}
-
-// worker is what one handler or copier owns: everything is allocated once.
-type worker struct {
-	lease lease
-	buf   []byte
-	tid   atomic.Int64
-	done  chan struct{}
-
-	baton  bool   // it has the baton
-	misses int    // polls in vain since the last that paid
-	ptid   uint32 // of the thread whose fault was the last
-	apart  bool   // that thread cannot run on the CPUs of this one
 }
 
 type job struct {
@@ -144,15 +118,16 @@ type stream struct {
 // The caller must not have the region mapped (docs/deadlocks.md, case 1).
 // Errors: region.ErrOutOfRange for wrong sizes, or the system call's.
 func Serve(uffd *os.File, base uintptr, store region.Store, o Options) (*Server, error) {
-	s := &Server{uffd: uffd, fd: int(uffd.Fd()), base: base, size: store.Size(), store: store, o: o}
-	if err := s.start(); err != nil {
+	s := &Server{events: events{uffd: uffd, fd: int(uffd.Fd()), base: base}, size: store.Size(), store: store, o: o}
+	if err := s.open(); err != nil {
 		return nil, errors.Join(fmt.Errorf("serve faults of %d bytes: %w", store.Size(), err), s.Close())
 	}
 	return s, nil
 }
 
-func (s *Server) start() error {
+func (s *Server) open() error {
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.answer = s.fault
 	s.work.L = &s.mu
 	o := &s.o
 	if v, ok := s.store.(region.Viewer); ok && s.size > 0 {
@@ -165,6 +140,7 @@ func (s *Server) start() error {
 	o.FaultAround = or(o.FaultAround, s.page)
 	o.Handlers = or(o.Handlers, 1)
 	o.Deadline = or(o.Deadline, 30*time.Second)
+	s.polling, s.deadline = o.Poll, o.Deadline
 	o.Window = or(o.Window, 4<<20)
 	o.Extent = max(s.page, or(o.Extent, pick(local, int64(2<<20), 256<<10)))
 	o.Copiers = or(o.Copiers, pick(local, 2, 16))
@@ -198,29 +174,23 @@ func (s *Server) start() error {
 		copiers = 0
 	}
 	for i := range o.Handlers + copiers {
-		w, err := s.newWorker(i < o.Handlers)
+		class, buf := region.Demand, o.FaultAround
+		if i >= o.Handlers {
+			class, buf = region.Prefetch, o.Extent
+		}
+		w, err := s.newWorker(class, buf)
 		if err != nil {
 			for _, w := range workers {
-				_ = unix.Munmap(w.buf)
+				w.free()
 			}
 			return err
 		}
 		workers = append(workers, w)
 	}
-	// A handler that sleeps in read(2) keeps its P until the runtime takes it away,
-	// after 20 us to 10 ms: leave others for who it has given work to.
-	if n := o.Handlers + min(copiers, 2) + 1; runtime.GOMAXPROCS(0) < n {
-		runtime.GOMAXPROCS(n)
+	s.start(workers[:o.Handlers], workers[o.Handlers:]...)
+	for _, w := range workers[o.Handlers:] {
+		s.threads.Go(func() { s.pull(w) })
 	}
-	s.handlers = workers[:o.Handlers]
-	for i, w := range workers {
-		if i < o.Handlers {
-			s.threads.Go(func() { s.handle(w) })
-		} else {
-			s.threads.Go(func() { s.pull(w) })
-		}
-	}
-	s.threads.Go(func() { s.watch(workers) })
 	return nil
 }
 
@@ -239,124 +209,8 @@ func pick[T any](c bool, a, b T) T {
 	return b
 }
 
-func (s *Server) newWorker(handler bool) (*worker, error) {
-	class, buf := region.Prefetch, s.o.Extent
-	if handler {
-		class, buf = region.Demand, s.o.FaultAround
-	}
-	// Outside the Go heap: page-aligned, and no page of it is ever missing.
-	mem, err := unix.Mmap(-1, 0, int(region.RoundUp(buf, region.PageSize())), unix.PROT_READ|unix.PROT_WRITE,
-		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
-	if err != nil {
-		return nil, os.NewSyscallError("mmap", err)
-	}
-	w := &worker{buf: mem, done: make(chan struct{})}
-	w.lease.init(region.WithClass(s.ctx, class), s.o.Deadline)
-	return w, nil
-}
-
-// handle reads and answers faults on a thread of its own until Close.
-// The read blocks: a netpoller between fault and answer costs two more wake-ups.
-func (s *Server) handle(w *worker) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	defer close(w.done)
-	w.tid.Store(int64(unix.Gettid()))
-	defer unix.Munmap(w.buf)
-	var msg Msg
-	for {
-		if !w.baton {
-			s.baton.lock()
-			w.baton = true
-		}
-		if s.stopping.Load() {
-			s.baton.unlock()
-			return
-		}
-		switch e := s.nextEvent(w, &msg); e {
-		case 0:
-			if msg.Event == UFFD_EVENT_PAGEFAULT {
-				s.fault(w, &msg)
-			}
-		case unix.EAGAIN, unix.EINTR: // Close made it non-blocking; or a signal came
-		default:
-			s.baton.unlock()
-			// Nobody would answer any more: rather errors than a hang.
-			s.fail(fmt.Errorf("read userfaultfd: %w", e))
-			if _, err := poison(s.fd, s.base, s.length, s.page); err != nil {
-				s.fail(err)
-			}
-			return
-		}
-	}
-}
-
-const rwfNowait = 8 // RWF_NOWAIT
-
-// nextEvent waits for the next event: by polling for up to o.Poll where that
-// has paid lately, then asleep. w has the baton.
-func (s *Server) nextEvent(w *worker, msg *Msg) unix.Errno {
-	if w.misses < pollMisses || w.misses%pollRetry == 0 {
-		if e := s.poll(w, msg); e != unix.EAGAIN {
-			return e
-		}
-	} else {
-		w.misses++
-	}
-	n, _, e := unix.Syscall(unix.SYS_READ, uintptr(s.fd), uintptr(unsafe.Pointer(msg)), unsafe.Sizeof(*msg))
-	if e == 0 && n != unsafe.Sizeof(*msg) {
-		e = unix.EIO
-	}
-	return e
-}
-
-// After pollMisses polls in vain, a handler polls before each pollRetry-th event only.
-const pollMisses, pollRetry = 4, 32
-
-func (s *Server) poll(w *worker, msg *Msg) unix.Errno {
-	if s.o.Poll <= 0 || !w.apart {
-		return unix.EAGAIN
-	}
-	w.misses++
-	iov := unix.Iovec{Base: (*byte)(unsafe.Pointer(msg)), Len: uint64(unsafe.Sizeof(*msg))}
-	for end := time.Now().Add(s.o.Poll); ; {
-		// Offset -1: like read(2). EOPNOTSUPP before Linux 6.10: no polling.
-		n, _, e := unix.RawSyscall6(unix.SYS_PREADV2, uintptr(s.fd), uintptr(unsafe.Pointer(&iov)), 1, ^uintptr(0), ^uintptr(0), rwfNowait)
-		switch {
-		case e == 0 && n == unsafe.Sizeof(*msg):
-			w.misses = 0
-			return 0
-		case e != unix.EAGAIN || s.stopping.Load() || time.Now().After(end):
-			return unix.EAGAIN // the blocking read finds out what it is
-		}
-	}
-}
-
-// apart reports whether thread tid may not run on any CPU that this one may.
-func apart(tid int) bool {
-	var theirs, ours unix.CPUSet
-	if tid == 0 || unix.SchedGetaffinity(tid, &theirs) != nil || unix.SchedGetaffinity(0, &ours) != nil {
-		return false
-	}
-	for i := range theirs {
-		if theirs[i]&ours[i] != 0 {
-			return false
-		}
-	}
-	return true
-}
-
 // fault answers one event.
-func (s *Server) fault(w *worker, msg *Msg) {
-	s.faults.Add(1)
-	if s.o.Poll > 0 && msg.Ptid != w.ptid {
-		w.ptid, w.apart = msg.Ptid, apart(int(msg.Ptid))
-	}
-	off := int64(uintptr(msg.Address)-s.base) &^ (s.page - 1)
-	if off < 0 || off >= s.length {
-		s.fail(fmt.Errorf("fault at %#x outside of the mapping at %#x: %w", msg.Address, s.base, region.ErrOutOfRange))
-		return
-	}
+func (s *Server) fault(w *worker, off int64, _ *Msg) {
 	lo := off - off%s.o.FaultAround
 	hi := min(lo+s.o.FaultAround, s.length)
 
@@ -387,8 +241,7 @@ func (s *Server) fault(w *worker, msg *Msg) {
 		s.suspect.set(page, page+1, false)
 		s.mu.Unlock()
 		if s.viewer == nil && held == nil || hi-lo > quick { // it may take long: another handler's turn
-			s.baton.unlock()
-			w.baton = false
+			s.yield(w)
 		}
 		s.demand(w, lo, hi, held)
 	}
@@ -449,14 +302,9 @@ func (s *Server) read(w *worker, lo, hi int64) ([]byte, error) {
 		}
 	}
 	n := min(hi, s.size) - lo
-	ctx := w.lease.begin()
-	err := s.store.ReadAt(ctx, w.buf[:n], lo)
-	w.lease.end()
+	err := s.lend(w, func(ctx context.Context) error { return s.store.ReadAt(ctx, w.buf[:n], lo) })
 	if err != nil {
 		s.errs.Add(1)
-		if context.Cause(ctx) == errDeadline {
-			err = fmt.Errorf("%w after %v: %w", context.DeadlineExceeded, s.o.Deadline, err)
-		}
 		return nil, fmt.Errorf("fill %d bytes at %d: %w", hi-lo, lo, err)
 	}
 	clear(w.buf[n : hi-lo])
@@ -506,21 +354,6 @@ func (s *Server) fill(lo int64, data []byte) error {
 	return nil
 }
 
-func (s *Server) fail(err error) {
-	s.mu.Lock()
-	if s.err == nil && !s.stopping.Load() {
-		s.err = err
-	}
-	s.mu.Unlock()
-}
-
-// Err returns the first error so far, such as a store that could not be read.
-func (s *Server) Err() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.err
-}
-
 // Stats returns the counters.
 func (s *Server) Stats() Stats {
 	return Stats{Faults: s.faults.Load(), Coalesced: s.coalesced.Load(), Trips: s.trips.Load(),
@@ -537,42 +370,11 @@ func (s *Server) Local() bool { return s.viewer != nil }
 // the store needs to end a read whose context has ended. It may be called twice.
 func (s *Server) Close() error {
 	s.closing.Do(func() {
-		s.stopping.Store(true)
-		s.cancel()
-		// Wake a handler from its blocking read: its flags are looked at when the
-		// read starts, and SIGURG, which the Go runtime ignores, restarts it.
-		s.closed = os.NewSyscallError("fcntl", unix.SetNonblock(s.fd, true))
-		s.interrupt()
-		s.mu.Lock()
-		s.work.Broadcast()
-		s.mu.Unlock()
-		s.threads.Wait()
-		if s.length > 0 {
-			_, err := poison(s.fd, s.base, s.length, s.page)
-			s.closed = errors.Join(s.closed, err)
-		}
-		s.closed = errors.Join(s.closed, s.uffd.Close())
+		s.closed = s.close(func() {
+			s.mu.Lock()
+			s.work.Broadcast()
+			s.mu.Unlock()
+		})
 	})
 	return s.closed
-}
-
-// interrupt signals all handlers until they have ended: each of them may be
-// the one that the others wait for.
-func (s *Server) interrupt() {
-	t := time.NewTicker(time.Millisecond)
-	defer t.Stop()
-	for _, w := range s.handlers {
-		for ended := false; !ended; {
-			for _, w := range s.handlers {
-				if tid := w.tid.Load(); tid != 0 {
-					_ = unix.Tgkill(unix.Getpid(), int(tid), unix.SIGURG)
-				}
-			}
-			select {
-			case <-w.done:
-				ended = true
-			case <-t.C:
-			}
-		}
-	}
 }
