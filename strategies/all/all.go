@@ -49,10 +49,10 @@ func TransportOptions(p param.Values) transport.Options {
 	return transport.Options{Connections: p.Int("connections"), Window: p.Size("window")}
 }
 
-// Specs returns the parameters that a strategy has with a device and a transport.
+// Specs returns the parameters that a strategy has with a device and a transport:
+// its own, with those of all its devices, and those that come with these two.
 func Specs(s strategies.Strategy, deviceName, transportName string) []param.Spec {
 	specs := append([]param.Spec{}, s.Info().Params...)
-	specs = append(specs, device.Params(deviceName)...)
 	if deviceName != "" && deviceName != "uffd" {
 		specs = append(specs, param.Spec{Name: "advice", Kind: param.KindEnum, Default: attach.AdviceNone, Values: []string{attach.AdviceNone, attach.AdviceSequential, attach.AdviceRandom},
 			Doc: "madvise(2) of the workload's mapping; told random, a touch reads one page and not the read-ahead window around it"},

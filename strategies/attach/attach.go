@@ -229,6 +229,12 @@ func (v *View) openFault(f strategies.Fault, prot int) error {
 		if err := v.mmap(int(v.file.Fd()), length, prot, unix.MAP_SHARED); err != nil {
 			return err
 		}
+		// Nothing may be written but through this mapping, which userfaultfd sees:
+		// no descriptor is left for pwrite(2) or another mapping.
+		err := v.file.Close()
+		if v.file = nil; err != nil {
+			return err
+		}
 	} else if err := v.mapAligned(length, page, prot); err != nil {
 		return err
 	}

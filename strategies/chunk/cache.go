@@ -13,6 +13,15 @@ import (
 	"memsync/strategies/region"
 )
 
+// Mapped is what a cache may also be: one that somebody maps and stores to. The
+// Syncer learns of that by Stored, before the first store to a chunk since Seal.
+type Mapped interface {
+	// Seal calls take and makes the next store to [off, off+n), whole chunks, known
+	// again, in one step against Stored. A store that came before is in what is read
+	// from the cache afterwards.
+	Seal(off, n int64, take func()) error
+}
+
 // Memory is a cache in anonymous memory. It offers views. Its content is zero
 // until written. All but Close never block; Close waits for calls in progress
 // (views are the holder's to give up first).

@@ -111,15 +111,28 @@ func (p *Pusher) run(ctx context.Context) {
 // WriteAt implements region.Store. Where more than DirtyLimit bytes are dirty
 // it waits until they are pushed; the bytes are in the cache even if that fails.
 func (p *Pusher) WriteAt(ctx context.Context, b []byte, off int64) error {
-	err := p.Syncer.WriteAt(ctx, b, off)
-	if err != nil || p.o.DirtyLimit <= 0 || p.dirty.Count()<<p.shift <= p.o.DirtyLimit/2 {
+	if err := p.Syncer.WriteAt(ctx, b, off); err != nil {
 		return err
+	}
+	return p.Throttle(ctx)
+}
+
+// Full reports whether more than DirtyLimit bytes are dirty.
+func (p *Pusher) Full() bool {
+	n := p.dirty.Count() << p.shift
+	if p.o.DirtyLimit <= 0 || n <= p.o.DirtyLimit/2 {
+		return false
 	}
 	select {
 	case p.kick <- struct{}{}: // in time, so that writers rarely have to wait
 	default:
 	}
-	for p.dirty.Count()<<p.shift > p.o.DirtyLimit {
+	return n > p.o.DirtyLimit
+}
+
+// Throttle pushes until that is not so.
+func (p *Pusher) Throttle(ctx context.Context) error {
+	for p.Full() {
 		if err := p.push(ctx, p.o.SyncWorkers); err != nil {
 			return fmt.Errorf("%d bytes are dirty, the limit is %d: %w", p.DirtyBytes(), p.o.DirtyLimit, err)
 		}
@@ -226,9 +239,12 @@ func (p *Pusher) makePass(ctx context.Context, workers int) error {
 			at = hi
 			p.pushing.Mark(lo, hi)
 			p.unflushed.Mark(lo, hi)
-			p.dirty.Clear(lo, hi) // before the bytes are read: see Set
+			err := p.take(lo, hi)
 			mu.Unlock()
-			if err := p.pushOne(ctx, lo, hi); err != nil {
+			if err == nil {
+				err = p.pushOne(ctx, lo, hi)
+			}
+			if err != nil {
 				mu.Lock()
 				if first == nil {
 					first = err
@@ -245,6 +261,28 @@ func (p *Pusher) makePass(ctx context.Context, workers int) error {
 	return first
 }
 
+// take takes chunks out of the dirty set, before their bytes are read: see Set.
+func (p *Pusher) take(lo, hi int64) error {
+	mapped, ok := p.local.(Mapped)
+	if !ok {
+		p.dirty.Clear(lo, hi)
+		return nil
+	}
+	err := mapped.Seal(p.at(lo), p.at(hi)-p.at(lo), func() { p.dirty.Clear(lo, hi) })
+	if err != nil {
+		p.fail(lo, hi)
+		return fmt.Errorf("seal chunks %d to %d: %w", lo, hi-1, err)
+	}
+	return nil
+}
+
+// fail makes chunks dirty again whose push failed.
+func (p *Pusher) fail(lo, hi int64) {
+	p.failures.Add(1)
+	p.dirty.Mark(lo, hi)
+	p.pushing.Clear(lo, hi)
+}
+
 func (p *Pusher) pushOne(ctx context.Context, lo, hi int64) error {
 	n := p.at(hi) - p.at(lo)
 	buf := p.buffer(n)
@@ -255,9 +293,7 @@ func (p *Pusher) pushOne(ctx context.Context, lo, hi int64) error {
 		err = p.remote.WriteAt(ctx, (*buf)[:n], p.at(lo))
 	}
 	if err != nil {
-		p.failures.Add(1)
-		p.dirty.Mark(lo, hi)
-		p.pushing.Clear(lo, hi)
+		p.fail(lo, hi)
 		return fmt.Errorf("push chunks %d to %d, %d bytes at %d: %w", lo, hi-1, n, p.at(lo), err)
 	}
 	p.pushing.Clear(lo, hi)

@@ -148,6 +148,21 @@ func (s *Syncer) present(lo, hi int64) bool {
 	return true
 }
 
+// Has reports whether all of [off, off+n), which must lie in the region, is local.
+func (s *Syncer) Has(off, n int64) bool { return n <= 0 || s.present(s.span(off, n)) }
+
+// Stored says that the cache, which is Mapped, is being written in [off, off+n),
+// whole chunks, by stores through its mapping. It reports false, and does nothing,
+// where not all of it is local.
+func (s *Syncer) Stored(off, n int64) bool {
+	lo, hi := s.span(off, n)
+	if !s.present(lo, hi) {
+		return false
+	}
+	s.dirty.Mark(lo, hi)
+	return true
+}
+
 func (s *Syncer) check(off, n int64) error {
 	if err := region.CheckRange(off, n, s.size); err != nil {
 		return err

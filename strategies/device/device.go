@@ -1,7 +1,7 @@
 // Package device opens local devices by kind: a path that a workload maps and
 // whose requests end in a region.Store. The kinds live in packages of their own
-// below this one; userfaultfd, which serves a mapping and not a path, is package
-// device/uffd.
+// below this one. Kind uffd has no path and cannot be opened in front of a store:
+// it is the cache itself (uffd.Memory), and OfMemory makes a Device of it.
 package device
 
 import (
@@ -12,6 +12,7 @@ import (
 
 	"memsync/strategies/device/fuse"
 	"memsync/strategies/device/nbdk"
+	"memsync/strategies/device/uffd"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 )
@@ -20,7 +21,7 @@ import (
 // and goroutines until Close. All methods may be called concurrently.
 type Device interface {
 	// Path is the file or block device to open and map, of exactly the store's
-	// size rounded up to the device's block.
+	// size rounded up to the device's block; empty for OfMemory.
 	Path() string
 	Stats() Stats
 	// Err is the store's latest error that the workload saw as EIO or SIGBUS,
@@ -79,16 +80,24 @@ func Kinds() []Kind {
 		{Name: "nbd", Doc: "a block device of the kernel's NBD client", Params: nbdk.Params(),
 			Probe: nbdk.Probe, open: openNBD},
 		missing("ublk", "userspace block device (io_uring)", "ublk needs the driver ublk_drv (Linux 6.0) and is not built in; use fuse or nbd"),
-		missing("uffd", "userfaultfd on a mapping", "userfaultfd serves a mapping and has no path; use strategy userfaultfd"),
+		{Name: "uffd", Doc: "a memfd that the workload maps, its faults served by userfaultfd", Params: uffd.Params(),
+			Probe: uffd.ProbeMemory, open: cannotOpen("uffd", "userfaultfd serves a mapping and has no path; use managed-mount, or strategy userfaultfd")},
 	}
 }
 
 // missing is a kind that cannot be opened, and why.
 func missing(name, doc, why string) Kind {
-	err := fmt.Errorf("device %s: %s: %w", name, why, region.ErrNotSupported)
-	return Kind{Name: name, Doc: doc,
-		Probe: func() error { return err },
-		open:  func(context.Context, region.Store, Options) (Device, error) { return nil, err }}
+	open := cannotOpen(name, why)
+	return Kind{Name: name, Doc: doc, open: open, Probe: func() error {
+		_, err := open(context.Background(), nil, Options{})
+		return err
+	}}
+}
+
+func cannotOpen(name, why string) func(context.Context, region.Store, Options) (Device, error) {
+	return func(context.Context, region.Store, Options) (Device, error) {
+		return nil, fmt.Errorf("device %s: %s: %w", name, why, region.ErrNotSupported)
+	}
 }
 
 // Get returns the kind called name, which is not Auto, or an error that lists the valid names.
@@ -160,3 +169,19 @@ func openNBD(ctx context.Context, s region.Store, o Options) (Device, error) {
 	}
 	return nbdDevice{d}, nil
 }
+
+type memoryDevice struct{ *uffd.Memory }
+
+// OfMemory is the Device that m is. Its Close ends serving and leaves m open as
+// a store, so that what is dirty can still be pushed from it. A fault counts as a
+// read, the first store to a chunk since it was pushed as a write.
+func OfMemory(m *uffd.Memory) Device { return memoryDevice{m} }
+
+func (memoryDevice) Path() string { return "" }
+
+func (d memoryDevice) Stats() Stats {
+	s := d.Memory.Stats()
+	return Stats{ReadRequests: s.Faults - s.Stores, ReadBytes: s.Bytes, WriteRequests: s.Stores, Errors: s.Errors}
+}
+
+func (d memoryDevice) Close(context.Context) error { return d.Stop() }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"memsync/strategies"
 	"memsync/strategies/chunk"
 	"memsync/strategies/device"
+	"memsync/strategies/device/uffd"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
@@ -22,7 +24,10 @@ import (
 // Strategy is managed-mount.
 type Strategy struct{}
 
-var _ strategies.Strategy = Strategy{}
+var (
+	_ strategies.Strategy    = Strategy{}
+	_ strategies.FaultServer = (*mount)(nil)
+)
 
 // syncWorkers is how many pushes Sync and Close have in flight at least: 8 MiB
 // of the default extents, which fills 1 Gbit/s at 64 ms.
@@ -45,7 +50,7 @@ func params() []param.Spec {
 
 // Info describes the strategy.
 func (Strategy) Info() strategies.Info {
-	devices := []string{"fuse", "nbd", "ublk"}
+	devices := []string{"fuse", "nbd", "uffd", "ublk"}
 	return strategies.Info{
 		Name:         "managed-mount",
 		Doc:          "local device on a local cache, with background pull and push",
@@ -86,7 +91,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		return nil, fmt.Errorf("open the remote region: %w", err)
 	}
 	size := m.remote.Size()
-	if m.cache, err = openCache(p.Text("cache_kind"), o.Dir, size); err != nil {
+	if m.cache, err = m.openCache(o, size); err != nil {
 		return nil, err
 	}
 	extent, window := max(p.Size("extent"), o.Chunk), p.Size("window")
@@ -109,27 +114,41 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if err := m.pusher.Pull(region.WithClass(ctx, region.Prefetch), 0, first); err != nil {
 		return nil, fmt.Errorf("pull the first %d bytes: %w", first, err)
 	}
-	m.dev, err = device.Open(ctx, o.Device, m.pusher, device.Options{Dir: o.Dir, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: p})
-	if err != nil {
+	if m.memory != nil {
+		m.memory.Own(m.pusher)
+		m.dev = device.OfMemory(m.memory)
+	} else if m.dev, err = device.Open(ctx, o.Device, m.pusher, device.Options{Dir: o.Dir, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: p}); err != nil {
 		return nil, err
 	}
 	m.preemptive = m.pusher.LocalBytes()
 	return m, nil
 }
 
-func openCache(kind, dir string, size int64) (region.Store, error) {
-	if kind == "file" {
-		f, err := chunk.NewFile(dir, size)
+// openCache makes the cache. With device uffd it is what the workload maps.
+func (m *mount) openCache(o strategies.Options, size int64) (region.Store, error) {
+	kind := o.Params.Text("cache_kind")
+	switch {
+	case o.Device == "uffd" && kind != "memory":
+		return nil, fmt.Errorf("cache_kind=%s with device uffd, whose cache is the memory that the workload maps: %w", kind, region.ErrNotSupported)
+	case o.Device == "uffd":
+		memory, err := uffd.NewMemory(size, uffd.MemoryOptions{Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: o.Params})
+		if err != nil {
+			return nil, err
+		}
+		m.memory = memory
+		return memory, nil
+	case kind == "file":
+		f, err := chunk.NewFile(o.Dir, size)
 		if err != nil {
 			return nil, err
 		}
 		return f, nil
 	}
-	m, err := chunk.NewMemory(size)
+	mem, err := chunk.NewMemory(size)
 	if err != nil {
 		return nil, err
 	}
-	return m, nil
+	return mem, nil
 }
 
 type mount struct {
@@ -138,6 +157,7 @@ type mount struct {
 	pusher     *chunk.Pusher // with the syncer in it
 	puller     *chunk.Puller
 	dev        device.Device
+	memory     *uffd.Memory // cache and dev, with device uffd; else nil
 	readOnly   bool
 	preemptive int64
 
@@ -147,7 +167,19 @@ type mount struct {
 }
 
 func (m *mount) Attachment() strategies.Attachment {
+	if m.memory != nil {
+		f := &strategies.Fault{Memory: "shared", PageSize: region.PageSize(), Missing: true, Minor: true, WriteProtect: !m.readOnly}
+		return strategies.Attachment{Kind: strategies.AttachFault, File: m.memory.File(), Size: m.remote.Size(), ReadOnly: m.readOnly, Fault: f}
+	}
 	return strategies.Attachment{Kind: strategies.AttachPath, Path: m.dev.Path(), Size: m.remote.Size(), ReadOnly: m.readOnly}
+}
+
+// ServeFaults implements strategies.FaultServer, for device uffd.
+func (m *mount) ServeFaults(f *os.File, base uintptr) error {
+	if m.memory == nil {
+		return errors.Join(fmt.Errorf("this device serves no faults: %w", region.ErrNotSupported), f.Close())
+	}
+	return m.memory.ServeFaults(f, base)
 }
 
 // Sync pushes what is dirty and flushes the source. It does not write the page
@@ -165,7 +197,12 @@ func (m *mount) Err() error { return m.dev.Err() }
 func (m *mount) Stats() strategies.Stats {
 	s, d := m.pusher.Stats(), m.dev.Stats()
 	requests, bytes, failures := m.pusher.Pushed()
+	var faults int64
+	if m.memory != nil {
+		faults = m.memory.Stats().Faults
+	}
 	return strategies.Stats{
+		Faults:         faults,
 		DemandRequests: s.DemandRequests, DemandBytes: s.DemandBytes,
 		PrefetchRequests: s.PrefetchRequests, PrefetchBytes: s.PrefetchBytes,
 		PushRequests: requests, PushBytes: bytes,

@@ -216,6 +216,36 @@ func (v *events) lend(w *worker, read func(ctx context.Context) error) error {
 	return err
 }
 
+// put fills [off, off+length) by calls of do, which fills what it can from at on,
+// the address of off+done. Pages that are there already are left out. It returns how
+// many bytes were filled; region.ErrPeerGone where process or mapping are no more.
+func (v *events) put(off, length int64, do func(at uintptr, done int64) (int64, unix.Errno)) (filled int64, err error) {
+	there := false
+	for done, tries := int64(0), 0; done < length; {
+		n, e := do(v.base+uintptr(off+done), done)
+		done += n
+		filled += n
+		switch {
+		case n > 0:
+			tries = 0
+		case e == unix.EEXIST:
+			done += v.page
+			there = true
+		case e == unix.EAGAIN && tries < 1e6 && !v.stopping.Load(): // the mappings are changing
+			tries++
+			runtime.Gosched()
+		case gone(e):
+			return filled, fmt.Errorf("fill %d bytes at %d: %w: %w", length-done, off+done, e, region.ErrPeerGone)
+		default:
+			return filled, fmt.Errorf("fill %d bytes at %d: %w", length-done, off+done, e)
+		}
+	}
+	if there { // somebody may have begun to wait before the page came from elsewhere
+		Wake(v.fd, v.base+uintptr(off), length)
+	}
+	return filled, nil
+}
+
 func (v *events) fail(err error) {
 	if !v.stopping.Load() {
 		v.first.CompareAndSwap(nil, &err)

@@ -72,6 +72,29 @@ func ProbePoison() error {
 	})
 }
 
+// ProbeMemory tries what a Memory needs: missing, minor and write-protect faults
+// of one mapping of a memfd, pages that are filled protected, and UFFDIO_POISON. Linux 6.6.
+func ProbeMemory() error {
+	if err := ProbePoison(); err != nil {
+		return err
+	}
+	const features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_HUGETLBFS_SHMEM | UFFD_FEATURE_POISON
+	const modes = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR | UFFDIO_REGISTER_MODE_WP
+	page := region.PageSize()
+	return withMemfd(0, func(fd int) error {
+		return try(fd, features, modes, page, func(u int, at unsafe.Pointer) error {
+			if _, e := Copy(u, uintptr(at), make([]byte, page), UFFDIO_COPY_MODE_WP); e != 0 {
+				return step("UFFDIO_COPY of a protected page", e)
+			}
+			if err := WriteProtect(u, uintptr(at), page, false); err != nil {
+				return err
+			}
+			*(*byte)(at) = probeByte // it is there and not protected: this process may
+			return nil
+		})
+	})
+}
+
 // ProbeKernelFaults tells whether faults from within system calls wait as those
 // from user code do: nil, or region.ErrNotPermitted where this user only gets
 // UFFD_USER_MODE_ONLY, with which read(2) into unfilled memory gives EFAULT.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -322,36 +321,16 @@ func (s *Server) fill(lo int64, data []byte) error {
 			off += max(n, 0)
 		}
 	}
-	wake := false
-	for off, tries := int64(0), 0; off < int64(len(data)); {
-		var n int64
-		var e unix.Errno
-		at := s.base + uintptr(lo+off)
+	_, err := s.put(lo, int64(len(data)), func(at uintptr, done int64) (int64, unix.Errno) {
 		if s.o.Memfd != nil {
-			n, e = Continue(s.fd, at, int64(len(data))-off, 0)
-		} else {
-			n, e = Copy(s.fd, at, data[off:], 0)
+			return Continue(s.fd, at, int64(len(data))-done, 0)
 		}
-		off += n
-		switch {
-		case n > 0:
-			tries = 0
-		case e == unix.EEXIST:
-			off += s.page
-			wake = true
-		case e == unix.EAGAIN && tries < 1e6 && !s.stopping.Load():
-			tries++
-			runtime.Gosched()
-		case gone(e):
-			return nil // nobody is left who could see these pages
-		default:
-			return fmt.Errorf("fill %d bytes at %d: %w", int64(len(data))-off, lo+off, e)
-		}
+		return Copy(s.fd, at, data[done:], 0)
+	})
+	if errors.Is(err, region.ErrPeerGone) {
+		return nil // nobody is left who could see these pages
 	}
-	if wake { // somebody may have begun to wait before the page came from elsewhere
-		Wake(s.fd, s.base+uintptr(lo), int64(len(data)))
-	}
-	return nil
+	return err
 }
 
 // Stats returns the counters.
