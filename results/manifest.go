@@ -33,6 +33,7 @@ type Manifest struct {
 	Features     json.RawMessage   `json:"features,omitempty"`
 	Links        []json.RawMessage `json:"links,omitempty"`        // qdiscs as read back
 	Calibrations []json.RawMessage `json:"calibrations,omitempty"` // one for each distinct link
+	Parts        []Manifest        `json:"parts,omitempty"`        // of the folders that Merge joined
 }
 
 // Host describes the machine. Text is empty where the kernel does not tell.

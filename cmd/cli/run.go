@@ -198,7 +198,7 @@ func runRun(s *state, o *runOptions) error {
 	p := newProgress(s, "run")
 	r.Log = p.Note
 	p.Plan(items)
-	hist, err := os.OpenFile(filepath.Join(o.out, "histograms.jsonl"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o666)
+	hist, err := os.OpenFile(filepath.Join(o.out, results.HistogramsFile), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o666)
 	if err != nil {
 		return exitWith(exitFailed, err)
 	}
