@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -19,6 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"memsync/results"
+	"memsync/strategies/all"
+	"memsync/strategies/region"
 )
 
 // patience is how long a wait may take in these tests before it counts as hung.
@@ -49,15 +52,34 @@ type command struct {
 	cmd    *exec.Cmd
 	dir    string // working folder
 	tmp    string
+nbd    []string // block devices that were attached when it started
 	stdout lockedBuffer
 	stderr lockedBuffer
 	done   chan struct{}
 }
 
+// attached lists the kernel's nbd devices that have a client.
+func attached() []string {
+	devices, _ := filepath.Glob("/sys/block/nbd*/pid")
+	return devices
+}
+
+// needNBD skips where the kernel has no nbd device, which the lab kernel must have.
+func needNBD(t *testing.T) {
+	t.Helper()
+	switch err := all.ProbeDevice("nbd"); {
+	case err == nil:
+	case os.Getenv("MEMSYNC_LAB") == "1" || !errors.Is(err, region.ErrNotSupported):
+		t.Fatal(err)
+	default:
+		t.Skipf("%v (TestKernelPackages of scenarios/lab runs this test in the lab kernel)", err)
+	}
+}
+
 // launch starts memsync in dir.
 func launch(t *testing.T, dir string, args ...string) *command {
 	t.Helper()
-	c := &command{t: t, dir: dir, tmp: t.TempDir(), done: make(chan struct{})}
+	c := &command{t: t, dir: dir, tmp: t.TempDir(), nbd: attached(), done: make(chan struct{})}
 	c.cmd = exec.Command("/proc/self/exe", args...)
 	c.cmd.Args[0] = "memsync"
 	c.cmd.Dir = dir
@@ -172,7 +194,7 @@ func (c *command) exit(want int, within time.Duration) {
 
 // gone checks that the command left nothing: no process, hence none in D state and
 // no network namespace (they have no names, only processes and their descriptors
-// hold them), no mount, and after memsync clean no scratch folder.
+// hold them), no mount, no block device, and after memsync clean no scratch folder.
 func (c *command) gone() {
 	c.t.Helper()
 	left := c.processes()
@@ -190,6 +212,16 @@ func (c *command) gone() {
 		if strings.Contains(line, c.tmp) {
 			c.t.Errorf("mount is left: %s", line)
 		}
+	}
+	var devices []string
+	for end := time.Now().Add(patience / 2); ; time.Sleep(5 * time.Millisecond) {
+		devices = slices.DeleteFunc(attached(), func(d string) bool { return slices.Contains(c.nbd, d) })
+		if len(devices) == 0 || time.Now().After(end) {
+			break
+		}
+	}
+	for _, d := range devices {
+		c.t.Errorf("block device is left attached: %s", filepath.Dir(d))
 	}
 	clean := exec.Command("/proc/self/exe", "clean")
 	clean.Args[0] = "memsync"
@@ -239,8 +271,17 @@ func TestInterrupt(t *testing.T) {
 		"measuring, faults":  {measureArgs("userfaultfd", "--transport", "local"), after("workload", 600*time.Millisecond), unix.SIGHUP, false},
 		"in a fault":         {measureArgs("userfaultfd", "--transport", "local", "--shaper", "sleep", "--rtt", "10s"), after("workload", 600*time.Millisecond), unix.SIGINT, false},
 		"in a fault, fuse":   {measureArgs("direct-mount", "--transport", "local", "--shaper", "sleep", "--rtt", "10s"), after("workload", 600*time.Millisecond), unix.SIGINT, true},
+		"mount, nbd": {measureArgs("managed-mount", "--device", "nbd", "--transport", "local", "--shaper", "sleep", "--rtt", "10s", "--set", "pull_first=1MiB"),
+			after("workload", 300*time.Millisecond), unix.SIGTERM, false},
+		"measuring, nbd, direct":     {measureArgs("direct-mount", "--device", "nbd", "--rtt", "2ms"), after("workload", 600*time.Millisecond), unix.SIGINT, true},
+		"measuring, nbd, managed":    {measureArgs("managed-mount", "--device", "nbd", "--op", "write"), after("workload", 600*time.Millisecond), unix.SIGTERM, false},
+		"measuring, nbd, nbd-direct": {measureArgs("nbd-direct", "--op", "write", "--rtt", "2ms"), after("workload", 600*time.Millisecond), unix.SIGHUP, true},
+		"in a fault, nbd":            {measureArgs("direct-mount", "--device", "nbd", "--transport", "local", "--shaper", "sleep", "--rtt", "10s"), after("workload", 600*time.Millisecond), unix.SIGINT, true},
 	} {
 		t.Run(name, func(t *testing.T) {
+			if strings.Contains(name, "nbd") {
+				needNBD(t)
+			}
 			t.Parallel()
 			c := launch(t, t.TempDir(), p.args...)
 			p.phase(c)
@@ -270,9 +311,12 @@ func TestInterrupt(t *testing.T) {
 func TestInterruptAnywhere(t *testing.T) {
 	schema := compileSchema(t)
 	rng := rand.New(rand.NewPCG(1, 1))
-	for i, strategy := range []string{"memory", "direct-mount", "managed-mount", "userfaultfd"} {
+	for i, strategy := range []string{"memory", "direct-mount", "managed-mount", "userfaultfd", "nbd-direct"} {
 		wait := time.Duration(300+rng.IntN(500)) * time.Millisecond
 		t.Run(strategy, func(t *testing.T) {
+			if strategy == "nbd-direct" {
+				needNBD(t)
+			}
 			t.Parallel()
 			args := []string{"measure", "--strategy", strategy, "--transport", "local", "--size", "16MiB", "--runs", "1000", "--json"}
 			if i%2 == 1 {
@@ -305,15 +349,19 @@ func TestInterruptAnywhere(t *testing.T) {
 func TestKill(t *testing.T) {
 	schema := compileSchema(t)
 	rng := rand.New(rand.NewPCG(2, 2))
-	for _, strategy := range []string{"userfaultfd", "direct-mount", "managed-mount"} {
+	for _, name := range []string{"userfaultfd", "direct-mount", "managed-mount", "direct-mount, nbd", "managed-mount, nbd", "nbd-direct"} {
+		strategy, device, _ := strings.Cut(name, ", ")
 		for _, victim := range []string{"source", "daemon", "workload", "inner", "outer"} {
 			if strategy != "direct-mount" && (victim == "inner" || victim == "outer") {
 				continue
 			}
 			wait := time.Duration(50+rng.IntN(500)) * time.Millisecond
-			t.Run(strategy+"/"+victim, func(t *testing.T) {
+			t.Run(name+"/"+victim, func(t *testing.T) {
+				if strings.Contains(name, "nbd") {
+					needNBD(t)
+				}
 				t.Parallel()
-				c := launch(t, t.TempDir(), measureArgs(strategy, "--pull-workers", "0")...)
+				c := launch(t, t.TempDir(), measureArgs(strategy, "--pull-workers", "0", "--device", cmp.Or(device, "auto"))...)
 				pid := c.find(victim)
 				c.find("workload")
 				time.Sleep(wait)

@@ -4,8 +4,10 @@
 // The kernel speaks NBD's transmission phase over sockets that it is handed after
 // the handshake. Open serves a store on socket pairs, in this process; Connect
 // hands the kernel sockets that lead to a server elsewhere, and no byte passes
-// through this process then. Devices are set up by generic netlink (the kernel
-// chooses a free one, or makes one) or by ioctl; both without cgo.
+// through this process then. Devices are set up by ioctl or by generic netlink (the
+// kernel chooses a free one, or makes one); both without cgo. By ioctl a thread of
+// this process holds the device: should the process be killed, the kernel ends it and
+// fails what was in flight. By netlink nobody does that before nbd_timeout.
 //
 // The kernel's page cache lies between the workload and the sockets. A process
 // must never touch a device that it serves itself (docs/deadlocks.md). A device
@@ -41,7 +43,7 @@ import (
 func Params() []param.Spec {
 	return []param.Spec{
 		{Name: "nbd_setup", Kind: param.KindEnum, Default: "auto", Values: []string{"auto", "netlink", "ioctl"},
-			Doc: "how the kernel is told; auto is netlink where it can be reached (it has it in the first network namespace only)"},
+			Doc: "how the kernel is told; auto is ioctl, unless nbd_dead_timeout is set or all devices are in use: requests in flight end at once when the daemon is killed, by netlink (first network namespace only) after nbd_timeout"},
 		{Name: "nbd_connections", Kind: param.KindInt, Default: "4", Min: 1, Max: 16,
 			Doc: "sockets, each with a queue of its own; fewer where the server does not allow several"},
 		{Name: "nbd_timeout", Kind: param.KindDuration, Default: "30s", Min: int64(time.Second), Max: int64(time.Hour),
@@ -261,8 +263,12 @@ func attach(ctx context.Context, conns []net.Conn, e nbd.Export, p param.Values)
 	case "ioctl":
 		err = d.byIoctl(ctx, s)
 	default:
-		if err = d.byNetlink(s); errors.Is(err, errNoFamily) {
-			err = d.byIoctl(ctx, s)
+		if s.dead > 0 {
+			err = d.byNetlink(s)
+		} else if err = d.byIoctl(ctx, s); errors.Is(err, errAllInUse) {
+			if e := d.byNetlink(s); !errors.Is(e, errNoFamily) { // the kernel makes another one
+				err = e
+			}
 		}
 	}
 	if err != nil {

@@ -53,6 +53,8 @@ const (
 // errNoFamily: the kernel's nbd cannot be reached by netlink from here.
 var errNoFamily = errors.New("no generic netlink family nbd")
 
+var errAllInUse = errors.New("all nbd devices are in use")
+
 // family finds the generic netlink family, which the driver has in the first
 // network namespace only.
 func family() (*netlink.GenlFamily, error) {
@@ -212,7 +214,7 @@ func free(skip ...int) (index int, node *os.File, err error) {
 	case why != nil && !errors.Is(why, unix.EBUSY):
 		return 0, nil, fmt.Errorf("open an nbd device: %w", why)
 	}
-	return 0, nil, fmt.Errorf("all %d nbd devices are in use (modprobe -r nbd && modprobe nbd nbds_max=%d gives more)", len(nodes), 4*max(len(nodes), 4))
+	return 0, nil, fmt.Errorf("%w: %d (modprobe -r nbd && modprobe nbd nbds_max=%d gives more)", errAllInUse, len(nodes), 4*max(len(nodes), 4))
 }
 
 func blockIoctl(fd int, req uint, arg uintptr) error {
