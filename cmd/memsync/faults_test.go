@@ -52,7 +52,7 @@ type command struct {
 	cmd    *exec.Cmd
 	dir    string // working folder
 	tmp    string
-nbd    []string // block devices that were attached when it started
+	nbd    []string // block devices that were attached when it started
 	stdout lockedBuffer
 	stderr lockedBuffer
 	done   chan struct{}
