@@ -39,6 +39,8 @@ var layers = []struct {
 	{"strategies/hash", 10, false},
 	{"strategies/backend", 11, false},
 	{"strategies/storetest", 12, false},
+	{"strategies/order/format", 12, false},
+	{"strategies/order", 13, false},
 	{"strategies/mountinfo", 13, false},
 	{"strategies/param", 13, false},
 	{"strategies/region", 14, false},

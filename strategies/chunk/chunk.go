@@ -7,7 +7,7 @@
 //	Ranges      lockable ranges of chunks, shared or exclusive
 //	Memory,File the local cache: anonymous memory or a file
 //	Syncer      a local cache over a remote store, with a state for each chunk
-//	Puller      copies from remote to local in the background, in an Order
+//	Puller      copies from remote to local in the background, in an order.Order
 //	Pusher      copies what is dirty from local to remote in the background
 //
 // The state of a chunk in a Syncer:

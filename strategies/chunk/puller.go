@@ -10,25 +10,29 @@ import (
 
 	"golang.org/x/sync/semaphore"
 
+	"memsync/strategies/order"
 	"memsync/strategies/region"
 )
 
 // PullOptions say how a Puller pulls.
 type PullOptions struct {
-	// Workers is how many requests may be in flight; 0 or less means none: Start does nothing.
+	// Workers is how many extents may be in flight: one request each, or several
+	// shorter ones where the order jumps. 0 or less means none: Start does nothing.
 	Workers int
 	// Window is how many bytes may be in flight; at least one chunk always is.
 	// The link is filled if Window is at least its bandwidth x RTT and Workers
 	// extents make up the window. 0 means Workers extents.
 	Window int64
-	// Order is what to pull first; nil means Linear.
-	Order Order
+	// Order is what to pull first; nil means linear.
+	Order order.Order
 }
 
 // Puller copies chunks from remote to local in the background, as Prefetch,
 // many neighbouring chunks in one request. The first request is for one chunk,
 // each further one for twice as much, up to the Syncer's maxExtent: the first
-// bytes are there early, and the requests are few.
+// bytes are there early, and the requests are few. Where the order jumps, a
+// worker has several requests in flight that make up an extent together, so
+// that scattered chunks come as fast as neighbours.
 //
 // A request that fails is tried again after a pause (10 ms, doubling to 1 s)
 // until Close; it stops nothing else.
@@ -40,9 +44,9 @@ type Puller struct {
 	done   chan struct{}
 
 	mu      sync.Mutex
-	next    func() (Range, bool)
+	next    func() (order.Range, bool)
 	stop    func()
-	todo    Range // what is left of the range that next gave last
+	lo, hi  int64 // chunks that are left of the range that next gave last
 	swept   bool
 	grow    int64 // chunks in the next request
 	retries atomic.Int64
@@ -56,14 +60,14 @@ const (
 // StartPuller starts pulling all of s. It does not block.
 func StartPuller(s *Syncer, o PullOptions) *Puller {
 	if o.Order == nil {
-		o.Order = Linear
+		o.Order = order.Linear()
 	}
 	workers := max(o.Workers, 0)
 	if o.Window <= 0 {
 		o.Window = max(int64(workers), 1) * s.maxExtent << s.shift
 	}
 	p := &Puller{s: s, grow: 1, done: make(chan struct{}), window: semaphore.NewWeighted(max(1, o.Window>>s.shift))}
-	p.next, p.stop = iter.Pull(o.Order(s.n, s.maxExtent))
+	p.next, p.stop = iter.Pull(o.Order.Ranges(s.size, s.maxExtent<<s.shift))
 	ctx, cancel := context.WithCancel(region.WithClass(context.Background(), region.Prefetch))
 	p.cancel = cancel
 	p.more(ctx, workers, max(1, o.Window>>s.shift))
@@ -101,22 +105,35 @@ func (p *Puller) work(ctx context.Context, rest int, window int64) {
 		if p.window.Acquire(ctx, n) != nil {
 			return
 		}
-		lo, hi, stamp := p.claim(n)
-		if lo == hi {
-			p.window.Release(n)
+		runs := p.claim(n)
+		for _, r := range runs {
+			n -= r.hi - r.lo
+		}
+		p.window.Release(n)
+		if len(runs) == 0 {
 			return
 		}
 		p.more(ctx, rest, window)
 		rest = 0
-		again := p.fetch(ctx, lo, hi, stamp)
-		for pause := minBackoff; again && sleep(ctx, pause); pause = min(2*pause, maxBackoff) {
-			p.retries.Add(1)
-			again = p.refetch(ctx, lo, hi)
+		var wg sync.WaitGroup
+		for _, r := range runs[1:] {
+			wg.Go(func() { p.pull(ctx, r) })
 		}
-		p.window.Release(n)
+		p.pull(ctx, runs[0])
+		wg.Wait()
 		if ctx.Err() != nil || p.s.ctx.Err() != nil {
 			return
 		}
+	}
+}
+
+// pull fetches a run, again after an error, and gives its part of the window back.
+func (p *Puller) pull(ctx context.Context, r run) {
+	defer p.window.Release(r.hi - r.lo)
+	again := p.fetch(ctx, r)
+	for pause := minBackoff; again && sleep(ctx, pause); pause = min(2*pause, maxBackoff) {
+		p.retries.Add(1)
+		again = p.refetch(ctx, r.lo, r.hi)
 	}
 }
 
@@ -129,34 +146,44 @@ func (p *Puller) size(window int64) int64 {
 	return n
 }
 
-// claim takes the next at most n chunks that are remote; none where there are none left.
-func (p *Puller) claim(n int64) (lo, hi int64, stamp uint32) {
+// run is chunks [lo, hi) that were claimed with stamp.
+type run struct {
+	lo, hi int64
+	stamp  uint32
+}
+
+// claim takes the next n chunks that are remote, fewer where there are no more.
+func (p *Puller) claim(n int64) (runs []run) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for {
-		for p.todo.Lo < p.todo.Hi {
-			lo, hi, stamp = p.s.claim(p.todo.Lo, p.todo.Hi, n, region.Prefetch)
-			p.todo.Lo = hi
-			if lo < hi {
-				return lo, hi, stamp
+	for n > 0 {
+		if p.lo < p.hi {
+			from, to, stamp := p.s.claim(p.lo, p.hi, n, region.Prefetch)
+			if p.lo = to; from < to {
+				runs = append(runs, run{from, to, stamp})
+				n -= to - from
 			}
+			continue
 		}
 		r, ok := p.next()
 		if !ok {
 			if p.swept {
-				return 0, 0, 0
+				break
 			}
 			// What the order left out, or a demand request claimed and then failed to get.
 			p.swept = true
-			r = Range{0, p.s.n}
+			r = order.Range{Off: 0, End: p.s.size}
 		}
-		p.todo = Range{max(r.Lo, 0), min(r.Hi, p.s.n)}
+		if r.Off, r.End = max(r.Off, 0), min(r.End, p.s.size); r.Off < r.End {
+			p.lo, p.hi = p.s.span(r.Off, r.End-r.Off)
+		}
 	}
+	return runs
 }
 
 // fetch reports whether the request failed and should be tried again.
-func (p *Puller) fetch(ctx context.Context, lo, hi int64, stamp uint32) (again bool) {
-	err := p.s.fetch(ctx, lo, hi, stamp)
+func (p *Puller) fetch(ctx context.Context, r run) (again bool) {
+	err := p.s.fetch(ctx, r.lo, r.hi, r.stamp)
 	return err != nil && ctx.Err() == nil && !errors.Is(err, region.ErrClosed)
 }
 
@@ -164,7 +191,7 @@ func (p *Puller) fetch(ctx context.Context, lo, hi int64, stamp uint32) (again b
 func (p *Puller) refetch(ctx context.Context, lo, hi int64) (again bool) {
 	for lo < hi {
 		from, to, stamp := p.s.claim(lo, hi, hi-lo, region.Prefetch)
-		if from < to && p.fetch(ctx, from, to, stamp) {
+		if from < to && p.fetch(ctx, run{from, to, stamp}) {
 			again = true
 		}
 		lo = to

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"testing"
 
@@ -208,48 +207,6 @@ func FuzzSet(f *testing.F) {
 			t.Fatalf("Take left %d, Count says %d", count, s.Count())
 		}
 	})
-}
-
-// TestOrders: every order yields all chunks, in its order, at all sizes.
-func TestOrders(t *testing.T) {
-	for _, name := range OrderNames() {
-		order, err := OrderByName(name, 5)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for chunks := int64(0); chunks < 40; chunks++ {
-			for extent := int64(1); extent < 9; extent++ {
-				var all []int64
-				for r := range FirstThen(3, order)(chunks, extent) {
-					for i := r.Lo; i < r.Hi; i++ {
-						all = append(all, i)
-					}
-				}
-				first := min(3, chunks)
-				for i := range first {
-					if all[i] != i {
-						t.Fatalf("%s: the first chunks do not come first: %v", name, all)
-					}
-				}
-				rest := all[first:]
-				if name == "reverse" && len(rest) > 0 && rest[len(rest)-1] != min(extent, chunks)-1 {
-					t.Fatalf("reverse ends with %v", rest)
-				}
-				slices.Sort(rest)
-				for i, c := range rest {
-					if int64(i) != c {
-						t.Fatalf("%s of %d chunks: %v", name, chunks, all)
-					}
-				}
-				if int64(len(rest)) != chunks {
-					t.Fatalf("%s yields %d of %d chunks", name, len(rest), chunks)
-				}
-			}
-		}
-	}
-	if _, err := OrderByName("sideways", 0); err == nil {
-		t.Error("an unknown order must be refused")
-	}
 }
 
 func TestRanges(t *testing.T) {

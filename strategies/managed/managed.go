@@ -9,13 +9,17 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"memsync/strategies"
 	"memsync/strategies/chunk"
 	"memsync/strategies/device"
 	"memsync/strategies/device/uffd"
+	"memsync/strategies/order"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
@@ -38,8 +42,11 @@ const closeTimeout = time.Minute
 
 func params() []param.Spec {
 	return []param.Spec{
-		{Name: "order", Kind: param.KindEnum, Default: "linear", Values: chunk.OrderNames(), Doc: "order of background pulls"},
-		{Name: "pull_first", Kind: param.KindSize, Default: "128KiB", Doc: "bytes at the region's start that are local before the device is opened"},
+		{Name: "order", Kind: param.KindString, Default: "linear", Check: order.Check, Doc: "order of background pulls: " + strings.Join(order.Names(), ", ") + " (docs/pull-order.md)"},
+		{Name: "order_seed", Kind: param.KindInt, Default: "1", Doc: "of order=random"},
+		{Name: "pull_first", Kind: param.KindSize, Default: "128KiB", Doc: "bytes at the region's start that are pulled first, and local once the mount is open"},
+		{Name: "pull_during_open", Kind: param.KindBool, Default: "true", Doc: "background pulls start while the device is being opened; false: once it is open"},
+		{Name: "record", Kind: param.KindString, Doc: "file that gets the trace of what the device asked for when the mount is closed, for order=trace:FILE"},
 		{Name: "extent", Kind: param.KindSize, Default: "512KiB", Min: 4096, Max: 32 << 20, Doc: "most bytes in one request, pull or push"},
 		{Name: "window", Kind: param.KindSize, Default: "8MiB", Max: 1 << 30, Doc: "bytes of background pulls in flight; at least bandwidth x RTT fills the link; 0 is pull workers x extent, within a window of the transport that follows the path"},
 		{Name: "push_interval", Kind: param.KindDuration, Default: "1s", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "pause between background pushes"},
@@ -99,8 +106,8 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if err != nil {
 		return nil, err
 	}
-	order, err := chunk.OrderByName(p.Text("order"), 1)
-	if err != nil {
+	var wanted order.Order
+	if wanted, err = order.Parse(p.Text("order"), size, uint64(p.Int("order_seed"))); err != nil {
 		return nil, err
 	}
 	m.pusher = chunk.StartPusher(syncer, chunk.PushOptions{
@@ -108,20 +115,57 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		SyncWorkers: max(syncWorkers, o.PushWorkers),
 	})
 	first := min(p.Size("pull_first"), size)
-	m.puller = chunk.StartPuller(syncer, chunk.PullOptions{
-		Workers: o.PullWorkers, Window: window, Order: chunk.FirstThen(region.Chunks(first, o.Chunk), order),
-	})
-	if err := m.pusher.Pull(region.WithClass(ctx, region.Prefetch), 0, first); err != nil {
-		return nil, fmt.Errorf("pull the first %d bytes: %w", first, err)
+	pull := func() {
+		m.puller = chunk.StartPuller(syncer, chunk.PullOptions{
+			Workers: o.PullWorkers, Window: window, Order: order.Then(order.First(first), wanted),
+		})
+	}
+	var front region.Store = m.pusher
+	var owner uffd.Owner = m.pusher
+	if name := p.Text("record"); name != "" {
+		m.record, m.recorder = name, order.NewRecorder(m.pusher)
+		front, owner = m.recorder, recordedOwner{m.pusher, m.recorder}
 	}
 	if m.memory != nil {
-		m.memory.Own(m.pusher)
-		m.dev = device.OfMemory(m.memory)
-	} else if m.dev, err = device.Open(ctx, o.Device, m.pusher, device.Options{Dir: o.Dir, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: p}); err != nil {
+		m.memory.Own(owner)
+	}
+	if p.Bool("pull_during_open") {
+		pull()
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		if err := m.pusher.Pull(region.WithClass(gctx, region.Prefetch), 0, first); err != nil {
+			return fmt.Errorf("pull the first %d bytes: %w", first, err)
+		}
+		return nil
+	})
+	g.Go(func() (err error) {
+		if m.memory != nil {
+			m.dev = device.OfMemory(m.memory)
+			return nil
+		}
+		m.dev, err = device.Open(gctx, o.Device, front, device.Options{Dir: o.Dir, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: p})
+		return err
+	})
+	if err = g.Wait(); err != nil {
 		return nil, err
+	}
+	if m.puller == nil {
+		pull()
 	}
 	m.preemptive = m.pusher.LocalBytes()
 	return m, nil
+}
+
+// recordedOwner notes the faults that had to wait for their bytes.
+type recordedOwner struct {
+	uffd.Owner
+	recorder *order.Recorder
+}
+
+func (o recordedOwner) Pull(ctx context.Context, off, n int64) error {
+	o.recorder.Note(off, n)
+	return o.Owner.Pull(ctx, off, n)
 }
 
 // openCache makes the cache. With device uffd it is what the workload maps.
@@ -158,6 +202,8 @@ type mount struct {
 	puller     *chunk.Puller
 	dev        device.Device
 	memory     *uffd.Memory // cache and dev, with device uffd; else nil
+	record     string       // where the trace goes; empty: there is none
+	recorder   *order.Recorder
 	readOnly   bool
 	preemptive int64
 
@@ -243,6 +289,9 @@ func (m *mount) close(ctx context.Context) (err error) {
 		if err = m.dev.Close(ctx); err != nil {
 			err = errors.Join(err, m.dev.Err())
 		}
+	}
+	if m.recorder != nil {
+		err = errors.Join(err, m.recorder.Save(m.record))
 	}
 	if m.pusher != nil {
 		err = errors.Join(err, m.pusher.Shutdown(ctx))

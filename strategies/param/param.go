@@ -36,6 +36,8 @@ type Spec struct {
 	Values   []string // of an enum
 	Min, Max int64    // of int, size (bytes) and duration (ns); both 0 means any that is not negative
 	Doc      string   // one line, with the unit
+	// Check, of a string, returns an error that says what is valid; nil takes any.
+	Check func(string) error `json:"-"`
 }
 
 // check returns the canonical form of v, or an error that says what is valid.
@@ -93,6 +95,11 @@ func (p Spec) check(v string) (string, error) {
 	case KindString:
 		if strings.ContainsAny(v, ";\n\r") {
 			return "", bad("no ';' and no line break")
+		}
+		if p.Check != nil {
+			if err := p.Check(v); err != nil {
+				return "", fmt.Errorf("parameter %s=%s: %w", p.Name, v, err)
+			}
 		}
 		return v, nil
 	}
