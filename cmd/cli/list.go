@@ -14,6 +14,8 @@ import (
 	"memsync/strategies/all"
 	"memsync/strategies/backend"
 	"memsync/strategies/hash"
+	"memsync/strategies/order"
+	"memsync/strategies/order/format"
 	"memsync/strategies/param"
 )
 
@@ -110,6 +112,24 @@ func listings(p Program) []listing {
 			}
 			// MISSED: a change among 2^18 changed chunks (1 GiB in 4 KiB) goes unseen. COLLIDES: two of them have the same digest.
 			return data, []string{"NAME", "BITS", "STRONG", "PORTABLE", "MISSED/2^18", "COLLIDES/2^18", "WHAT"}, lines
+		}},
+		{"heuristics", func() (any, []string, [][]string) {
+			type entry struct {
+				Name string `json:"name"`
+				Doc  string `json:"doc"`
+			}
+			var data []entry
+			var lines [][]string
+			for i, k := range order.Kinds() {
+				data = append(data, entry{order.Names()[i], k.Doc})
+			}
+			for _, f := range format.Formats() {
+				data = append(data, entry{order.FormatName + ", " + f.Name, f.Doc})
+			}
+			for _, e := range data {
+				lines = append(lines, []string{e.Name, e.Doc})
+			}
+			return data, []string{"ORDER", "WHAT COMES FIRST"}, lines
 		}},
 	}
 }

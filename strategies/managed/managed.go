@@ -20,6 +20,7 @@ import (
 	"memsync/strategies/device"
 	"memsync/strategies/device/uffd"
 	"memsync/strategies/order"
+	"memsync/strategies/order/format"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
@@ -106,14 +107,18 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if err != nil {
 		return nil, err
 	}
-	var wanted order.Order
-	if wanted, err = order.Parse(p.Text("order"), size, uint64(p.Int("order_seed"))); err != nil {
-		return nil, err
-	}
 	m.pusher = chunk.StartPusher(syncer, chunk.PushOptions{
 		Workers: o.PushWorkers, Interval: p.Duration("push_interval"), DirtyLimit: p.Size("dirty_limit"),
 		SyncWorkers: max(syncWorkers, o.PushWorkers),
 	})
+	var wanted order.Order
+	pullCtx, stopPulling := context.WithCancel(context.WithoutCancel(ctx))
+	m.stopPulling = stopPulling
+	if name := p.Text("order"); name == order.FormatName {
+		wanted = format.Order(pullCtx, m.pusher)
+	} else if wanted, err = order.Parse(name, size, uint64(p.Int("order_seed"))); err != nil {
+		return nil, err
+	}
 	first := min(p.Size("pull_first"), size)
 	pull := func() {
 		m.puller = chunk.StartPuller(syncer, chunk.PullOptions{
@@ -196,16 +201,17 @@ func (m *mount) openCache(o strategies.Options, size int64) (region.Store, error
 }
 
 type mount struct {
-	remote     *chunk.Reopen
-	cache      region.Store
-	pusher     *chunk.Pusher // with the syncer in it
-	puller     *chunk.Puller
-	dev        device.Device
-	memory     *uffd.Memory // cache and dev, with device uffd; else nil
-	record     string       // where the trace goes; empty: there is none
-	recorder   *order.Recorder
-	readOnly   bool
-	preemptive int64
+	remote      *chunk.Reopen
+	cache       region.Store
+	pusher      *chunk.Pusher // with the syncer in it
+	puller      *chunk.Puller
+	dev         device.Device
+	memory      *uffd.Memory // cache and dev, with device uffd; else nil
+	record      string       // where the trace goes; empty: there is none
+	recorder    *order.Recorder
+	readOnly    bool
+	preemptive  int64
+	stopPulling func() // ends what an order still reads
 
 	closing  sync.Once
 	closed   chan struct{}
@@ -282,6 +288,9 @@ func (m *mount) Close(ctx context.Context) error {
 
 // close undoes what Mount has done so far.
 func (m *mount) close(ctx context.Context) (err error) {
+	if m.stopPulling != nil {
+		m.stopPulling()
+	}
 	if m.puller != nil {
 		m.puller.Close()
 	}
