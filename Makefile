@@ -7,7 +7,7 @@ OUT ?= results/out/bench
 FIGURES := latency-first-chunk-rttvar-1 throughput-rttvar-1
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: bench test build race lint fmt fuzz clean help
+.PHONY: bench test build race lint fmt fuzz clean help peers peers-test
 
 bench: build ## the main job: two figures, quick form, on a real shaped link (minutes)
 	bin/memsync doctor
@@ -31,6 +31,14 @@ lint: ## formatting, vet, staticcheck; the layer rules are a test (scenarios/lay
 	$(GO) vet ./...
 	$(GO) run $(STATICCHECK) ./...
 
+peers: ## bin/memsync-peers: memsync with other projects' programs as strategies (needs gcc; docs/peers.md)
+	@echo "fetches: Go modules that are not in the module cache yet"
+	cd strategies/peers && CGO_ENABLED=1 $(GO) build -trimpath -o ../../bin/memsync-peers ./cmd/memsync-peers
+
+peers-test: build peers ## vet, staticcheck and tests of the peers' module (needs gcc)
+	cd strategies/peers && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...
+	cd strategies/peers && LAB=$(LAB) $(GO) test -p 1 -count=1 ./...
+
 fmt:
 	gofmt -w .
 
@@ -38,4 +46,4 @@ clean: ## what was built; results stay
 	rm -rf bin
 
 help:
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'

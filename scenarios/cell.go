@@ -40,7 +40,7 @@ type Cell struct {
 	Strategy        string
 	Device          string        // "" or "auto": the strategy's best that works here
 	Transport       string        // "" is nbd; local where the strategy has no source
-	Backend         string        // "" is memory
+	Backend         string        // "" or "auto": memory; file where the strategy's source is a program of its own
 	Shaper          netem.Shaper  // "" or "auto": netem, else tun; none for an unshaped link
 	Link            netem.Profile // what the shaper does
 	Size            int64         // bytes; with Input 0 is the file's size
@@ -107,6 +107,10 @@ func (c *Cell) Resolve() error {
 	if def(&c.Transport, "nbd"); local {
 		c.Transport = "local"
 	}
+	_, program := st.(strategies.Listener)
+	if program {
+		def(&c.Backend, "file")
+	}
 	def(&c.Backend, "memory")
 	def(&c.Op, "read")
 	def(&c.Access, "seq")
@@ -159,7 +163,20 @@ func (c *Cell) Resolve() error {
 	if c.Op != "read" && !info.Can(strategies.Writes) {
 		opErr = fmt.Errorf("strategy %s does not write back: %w", c.Strategy, region.ErrNotSupported)
 	}
-	return errors.Join(opErr, deviceErr, shaperErr)
+	return errors.Join(opErr, c.whole(info, program), deviceErr, shaperErr)
+}
+
+// whole says what a strategy that other programs are part of cannot serve.
+func (c *Cell) whole(info strategies.Info, program bool) error {
+	switch {
+	case program && c.Transport == "local":
+		return fmt.Errorf("strategy %s has a server of its own and no transport local: %w", c.Strategy, region.ErrNotSupported)
+	case program && c.Backend != "file":
+		return fmt.Errorf("strategy %s serves a file: use --backend file, not %s: %w", c.Strategy, c.Backend, region.ErrNotSupported)
+	case info.Whole > 0 && c.Size%info.Whole != 0:
+		return fmt.Errorf("strategy %s serves regions of whole %d bytes, not %d: %w", c.Strategy, info.Whole, c.Size, region.ErrNotSupported)
+	}
+	return nil
 }
 
 func (c *Cell) validate() error {

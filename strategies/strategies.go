@@ -46,6 +46,7 @@ type Info struct {
 	PullWorkers  int          // default number of background pulls in flight
 	PushWorkers  int          // default number of background pushes in flight
 	Consistency  string       // the contract: readers, writers, a source that changes
+	Whole        int64        // bytes; a region must be a multiple of this; 0 is any size
 }
 
 // Can reports whether the strategy has the capability.
@@ -73,6 +74,28 @@ type Remote interface {
 	// Dial makes a raw connection for a strategy's own protocol; it is answered
 	// by Strategy.Serve. With transport "local" it gives region.ErrNotSupported.
 	Dial(ctx context.Context) (net.Conn, error)
+}
+
+// Addressed is what a Remote may also be: one whose source answers at a TCP
+// address, for programs that connect by themselves.
+type Addressed interface{ Addr() string } // host:port; empty where there is none
+
+// Listener is what a Strategy may also be: one whose source's side is a program
+// of its own, which serves a file. Its Serve is not called, and it has no
+// transport local.
+type Listener interface {
+	// Listen starts the program on a free port of host, an IP address of this
+	// machine, to serve the file at path as the export "region", and returns once
+	// it accepts connections. It writes what it needs into dir, which the caller
+	// removes. What it started ends by Close of the Server and with this process.
+	Listen(ctx context.Context, host, path, dir string, p param.Values) (Server, error)
+}
+
+// Server is a program that a Listener started.
+type Server interface {
+	Addr() string // host:port
+	// Close ends the program. It returns once it is gone, and may be called twice.
+	Close() error
 }
 
 // Options say how to mount.

@@ -63,7 +63,11 @@ type remote struct {
 	options   transport.Options
 	local     region.Store
 	params    param.Values
+	addr      string // host:port of the source; empty with a local store
 }
+
+// Addr implements strategies.Addressed.
+func (r remote) Addr() string { return r.addr }
 
 func (r remote) Open(ctx context.Context) (region.Store, error) {
 	if r.local != nil {
@@ -106,7 +110,7 @@ func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.
 	if err != nil {
 		return nil, nil, err
 	}
-	r := remote{params: params}
+	r := remote{params: params, addr: a.Source}
 	if d.local != nil {
 		r.local = chunk.Split(d.local, chunk.SplitSource, params)
 		if a.Setup.Sleep > 0 {

@@ -59,6 +59,7 @@ type source struct {
 	conns map[net.Conn]bool
 	wg    sync.WaitGroup
 	ls    []net.Listener
+	own   strategies.Server // the strategy's own program; nil where it has none
 	stop  context.CancelFunc
 }
 
@@ -84,24 +85,38 @@ func (s *source) listen(_ context.Context, a listenArgs) (l Listening, err error
 	if err != nil {
 		return l, err
 	}
-	tr, err := all.Transport(s.setup.Transport)
-	if err != nil {
-		return l, err
-	}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.stop = cancel
-	store := chunk.Split(s.store, chunk.SplitSource, params)
 	s.conns = map[net.Conn]bool{}
-	region, err := s.accept(ctx, a.Addr, func(c net.Conn) {
+	if l.Region, err = s.serve(ctx, st, a.Addr, params); err != nil {
+		return l, err
+	}
+	l.Yard, err = s.accept(ctx, a.Addr, serveYard)
+	return l, err
+}
+
+// serve starts what answers for the region and returns its address.
+func (s *source) serve(ctx context.Context, st strategies.Strategy, host string, params param.Values) (addr string, err error) {
+	if own, ok := st.(strategies.Listener); ok {
+		f, ok := s.store.(interface{ Path() string })
+		if !ok {
+			return "", fmt.Errorf("backend %s has no file that %s could serve; use --backend file: %w", s.setup.Backend.Backend, s.setup.Strategy, region.ErrNotSupported)
+		}
+		if s.own, err = own.Listen(ctx, host, f.Path(), s.setup.Dir, params); err != nil {
+			return "", err
+		}
+		return s.own.Addr(), nil
+	}
+	tr, err := all.Transport(s.setup.Transport)
+	if err != nil {
+		return "", err
+	}
+	store := chunk.Split(s.store, chunk.SplitSource, params)
+	return s.accept(ctx, host, func(c net.Conn) {
 		if err := st.Serve(ctx, tr, c, transport.One{Name: "region", Store: store}, params); err != nil && ctx.Err() == nil {
 			fmt.Fprintln(os.Stderr, "source: serve:", err)
 		}
 	})
-	if err != nil {
-		return l, err
-	}
-	yard, err := s.accept(ctx, a.Addr, serveYard)
-	return Listening{Region: region, Yard: yard}, err
 }
 
 // accept listens on a free port of addr and calls serve for each connection.
@@ -189,6 +204,9 @@ func (s *source) verify(ctx context.Context, a verifyArgs) (Verified, error) {
 func (s *source) close(context.Context, none) (_ none, err error) {
 	if s.stop != nil {
 		s.stop()
+		if s.own != nil {
+			err = s.own.Close()
+		}
 		for _, l := range s.ls {
 			err = errors.Join(err, l.Close())
 		}

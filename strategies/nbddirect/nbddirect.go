@@ -41,6 +41,9 @@ func (Strategy) Info() strategies.Info {
 	}
 }
 
+// exportName is what every source calls the region.
+const exportName = "region"
+
 // wholeSectors marks the name of an export that the daemon wants rounded up to
 // the device's sectors. No export's own name begins with it.
 const wholeSectors = "memsync sectors: "
@@ -75,7 +78,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if err := nbdk.Probe(); err != nil {
 		return nil, err
 	}
-	conns, e, err := connect(ctx, r, n, "")
+	conns, e, err := connect(ctx, r, n, exportName)
 	if errors.Is(err, region.ErrNotSupported) {
 		return mountLocal(ctx, r, o, err)
 	}
@@ -85,7 +88,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	size := e.Size
 	if size%512 != 0 {
 		closeAll(conns)
-		if conns, e, err = connect(ctx, r, n, wholeSectors); err != nil {
+		if conns, e, err = connect(ctx, r, n, wholeSectors+exportName); err != nil {
 			return nil, err
 		}
 	}

@@ -1,0 +1,49 @@
+package role
+
+import (
+	"context"
+	"os/exec"
+	"slices"
+	"strconv"
+	"testing"
+)
+
+// TestCountersOfPrograms: what a role started counts as the role's own.
+func TestCountersOfPrograms(t *testing.T) {
+	before, err := counters(context.Background(), none{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Two levels: the outer shell waits for the inner one, which computes and then waits.
+	cmd := exec.Command("sh", "-c", `sh -c 'i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; echo done; read x'; exit 0`)
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { in.Close(); _ = cmd.Wait() }()
+	if _, err := out.Read(make([]byte, 8)); err != nil {
+		t.Fatal(err)
+	}
+	after, err := counters(context.Background(), none{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pids := descendants("self")
+	if len(pids) != 2 || !slices.Contains(pids, strconv.Itoa(cmd.Process.Pid)) {
+		t.Errorf("descendants %v, want %d and its child", pids, cmd.Process.Pid)
+	}
+	// A loop of 300000 rounds takes far more than this test does between the two looks.
+	if cpu := after.CPU - before.CPU; cpu < 0.05 {
+		t.Errorf("%v s of CPU, want the shell's", cpu)
+	}
+	if after.MinorFaults-before.MinorFaults < 100 || after.ContextSwitches <= before.ContextSwitches {
+		t.Errorf("before %+v, after %+v", before, after)
+	}
+}
