@@ -24,6 +24,7 @@ import (
 	"go.uber.org/goleak"
 
 	"memsync/strategies"
+	"memsync/strategies/device"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
@@ -100,12 +101,20 @@ type remote struct {
 	addr   net.Addr
 }
 
+// Addr implements strategies.Addressed.
+func (r remote) Addr() string {
+	if r.addr == nil {
+		return ""
+	}
+	return r.addr.String()
+}
+
 // Open implements strategies.Remote.
 func (r remote) Open(ctx context.Context) (region.Store, error) {
 	if r.f.Transport == nil {
 		return open{r.store}, ctx.Err()
 	}
-	return r.f.Transport.Open(ctx, transport.DialFunc(r.Dial), transport.Options{Connections: 2})
+	return r.f.Transport.Open(ctx, transport.DialFunc(r.Dial), transport.Options{Name: "region", Connections: 2})
 }
 
 // Dial implements strategies.Remote.
@@ -133,6 +142,9 @@ func (f Factory) serve(t *testing.T, store region.Store, dir string, v param.Val
 	r := remote{f: f, store: store, values: v}
 	if f.Transport == nil {
 		return r, func() {}
+	}
+	if own, ok := f.Strategy.(strategies.Listener); ok {
+		return f.listen(t, own, r, dir)
 	}
 	addr := "127.0.0.1:0"
 	if f.Network == "unix" {
@@ -162,6 +174,38 @@ func (f Factory) serve(t *testing.T, store region.Store, dir string, v param.Val
 		cancel()
 		wg.Wait()
 	}
+}
+
+// listen lets the strategy's own program serve the store, which it sees as a file
+// that this process serves through FUSE.
+func (f Factory) listen(t *testing.T, own strategies.Listener, r remote, dir string) (_ strategies.Remote, stop func()) {
+	v, err := param.New(device.Params("fuse"), []string{"read_ahead=0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := device.Open(t.Context(), "fuse", r.store, device.Options{Dir: dir, Params: v})
+	if err != nil {
+		t.Fatal(err)
+	}
+	end := func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		_ = d.Close(ctx) // its store's errors are the case's own
+	}
+	s, err := own.Listen(t.Context(), "127.0.0.1", d.Path(), dir, r.values)
+	if err == nil {
+		r.addr, err = net.ResolveTCPAddr("tcp", s.Addr())
+	}
+	if err != nil {
+		end()
+		t.Fatal(err)
+	}
+	return r, sync.OnceFunc(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		end()
+	})
 }
 
 // rig is a mount with a workload attached.

@@ -93,7 +93,9 @@ func mountAndSync(t *testing.T, size int64, setup string) {
 			if err != nil {
 				return
 			}
-			go func() { _ = Strategy{}.Serve(ctx, &nbd.Transport{}, c, transport.One{Name: exportName, Store: store}, param.Values{}) }()
+			go func() {
+				_ = Strategy{}.Serve(ctx, &nbd.Transport{}, c, transport.One{Name: exportName, Store: store}, param.Values{})
+			}()
 		}
 	}()
 	p, err := param.New(nbdk.Params(), []string{"nbd_setup=" + setup})
