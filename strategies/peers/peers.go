@@ -21,12 +21,15 @@ import (
 )
 
 // Registry returns memsync's own strategies and the peers.
-func Registry() strategies.Registry {
-	return append(all.Registry(),
+func Registry() strategies.Registry { return append(all.Registry(), Peers()...) }
+
+// Peers returns the peers alone.
+func Peers() strategies.Registry {
+	return strategies.Registry{
 		GoNBD{}, DirectGoNBD{}, UserfaultfdGo{},
 		NBDKit(), NBDServer(), DirectNBDKit(), DirectNBDServer(),
 		NBDCopy{}, Rsync{},
-	)
+	}
 }
 
 // Probes says which peers are installed, and their versions.
