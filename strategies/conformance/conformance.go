@@ -164,6 +164,7 @@ func (f Factory) serve(t *testing.T, store region.Store, dir string, v param.Val
 				return
 			}
 			wg.Go(func() {
+				defer conn.Close()
 				// Its end is the mount's business: a connection may break while a case ends.
 				_ = f.Strategy.Serve(ctx, f.Transport, conn, transport.One{Name: "region", Store: store}, v)
 			})
