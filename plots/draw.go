@@ -37,9 +37,10 @@ var ErrNoData = errors.New("no run is ok")
 
 // Draw draws the figure from those of rows that belong to it, once for each
 // variant, as NAME.VARIANT.svg and .png in outDir, which it makes if need be.
+// hist is for figures that show raw histograms; others need none.
 // It returns the paths of the files. Where no run is ok the error matches
 // ErrNoData; the other variants are drawn.
-func Draw(rows []results.Row, spec results.FigureSpec, outDir string) ([]string, error) {
+func Draw(rows []results.Row, hist results.Histograms, spec results.FigureSpec, outDir string) ([]string, error) {
 	if err := spec.Check(); err != nil {
 		return nil, fmt.Errorf("draw: %w", err)
 	}
@@ -47,7 +48,7 @@ func Draw(rows []results.Row, spec results.FigureSpec, outDir string) ([]string,
 		return nil, fmt.Errorf("draw figure %s: %w", spec.Name, err)
 	}
 	variants := map[string][]results.Row{}
-	for _, r := range spec.Rows(rows) {
+	for _, r := range spec.Select(rows) {
 		variants[r.Variant] = append(variants[r.Variant], r)
 	}
 	if len(variants) == 0 {
@@ -56,7 +57,7 @@ func Draw(rows []results.Row, spec results.FigureSpec, outDir string) ([]string,
 	var paths []string
 	var errs []error
 	for _, variant := range slices.Sorted(maps.Keys(variants)) {
-		fig, err := newFigure(variants[variant], spec)
+		fig, err := newFigure(variants[variant], hist, spec)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("draw figure %s, variant %s: %w", spec.Name, variant, err))
 			continue
@@ -90,7 +91,9 @@ type figure struct {
 	spec     results.FigureSpec
 	entries  []entry
 	thesis   map[string]results.ThesisSeries
-	cats     []string // texts of a category axis, in order
+	cats     []string        // texts of a category axis, in order
+	counts   [][]results.Bar // of each entry, where the figure shows histograms
+	panels   []panel         // of a heat map
 	subtitle string
 	caption  string
 
@@ -104,7 +107,7 @@ type legendItem struct {
 	sample func(c *draw.Canvas, r vg.Rectangle)
 }
 
-func newFigure(rows []results.Row, spec results.FigureSpec) (*figure, error) {
+func newFigure(rows []results.Row, hist results.Histograms, spec results.FigureSpec) (*figure, error) {
 	series, err := results.Group(rows, spec.Query())
 	if err != nil {
 		return nil, err
@@ -117,6 +120,20 @@ func newFigure(rows []results.Row, spec results.FigureSpec) (*figure, error) {
 		return nil, ErrNoData
 	}
 	f.cats = categories(f.entries, spec.X.Categories)
+	if spec.Kind == results.FigureHeat {
+		f.panels = makePanels(series, spec)
+	}
+	for _, e := range f.entries {
+		var bars []results.Bar
+		for _, p := range e.Points {
+			b, err := hist.Merged(spec.Y.Column, p.Runs)
+			if err != nil {
+				return nil, err
+			}
+			bars = append(bars, b...)
+		}
+		f.counts = append(f.counts, bars)
+	}
 	f.subtitle, f.caption = f.describe(rows)
 	f.makeLegend()
 	return f, nil
@@ -165,8 +182,8 @@ func categories(entries []entry, first []string) []string {
 		if i := slices.Index(first, c); i >= 0 {
 			return i, 0
 		}
-		v, err := strconv.ParseFloat(c, 64)
-		if err != nil {
+		v, ok := results.Quantity(c)
+		if !ok {
 			v = math.Inf(1)
 		}
 		return len(first), v
@@ -202,8 +219,8 @@ func (f *figure) describe(rows []results.Row) (subtitle, caption string) {
 			}
 			hi = max(hi, p.N)
 		}
-		if !e.hasValues() {
-			empty = append(empty, e.name())
+		if name := f.emptyName(e); name != "" && !slices.Contains(empty, name) {
+			empty = append(empty, name)
 		}
 	}
 	n := fmt.Sprintf("n = %d", lo)
@@ -222,6 +239,11 @@ func (f *figure) describe(rows []results.Row) (subtitle, caption string) {
 		subtitle = "Gaussian kernel density (Scott), " + n
 	case results.FigureCDF:
 		subtitle = "Empirical distribution, " + n
+		if f.ofHistograms() {
+			subtitle = "Distribution over all runs, " + n
+		}
+	case results.FigureHeat:
+		subtitle = "Median, " + n
 	}
 	if failed > 0 {
 		subtitle += fmt.Sprintf("; %d not ok left out", failed)
@@ -232,7 +254,7 @@ func (f *figure) describe(rows []results.Row) (subtitle, caption string) {
 		{"variant", "variant", ""}, {"shaper", "shaper", ""}, {"rtt_ms", "RTT", ""}, {"rate_mbit", "rate", ""}, {"loss", "loss", ""},
 		{"region_bytes", "region", ""}, {"chunk_bytes", "chunk", ""}, {"device", "device", ""}, {"kernel", "kernel", ""}, {"cpus", "placement", "free"},
 	} {
-		if c.column == f.spec.X.Column || slices.Contains(f.spec.Keys, c.column) {
+		if c.column == f.spec.X.Column || c.column == f.spec.Rows.Column || slices.Contains(f.spec.Keys, c.column) {
 			continue
 		}
 		if v := values(rows, c.column, c.none); v != "" {
@@ -246,10 +268,64 @@ func (f *figure) describe(rows []results.Row) (subtitle, caption string) {
 	if f.hasThesis() {
 		caption += " Thesis: Pojtinger 2023, read from its figure " + f.spec.Thesis + "."
 	}
+	caption += f.crossings()
 	if f.spec.Note != "" {
 		caption += " " + f.spec.Note
 	}
 	return subtitle, caption
+}
+
+// emptyName is the name of what e shows where none of that is ok, else "".
+func (f *figure) emptyName(e entry) string {
+	if f.spec.Kind != results.FigureHeat {
+		if e.hasValues() {
+			return ""
+		}
+		return e.name()
+	}
+	key := e.Series.Key[:strings.LastIndex(e.Series.Key, "/")] // without its row
+	name := key
+	for _, s := range f.spec.Series {
+		if s.Key == key {
+			name = cmp.Or(s.Label, key)
+		}
+	}
+	if slices.ContainsFunc(f.panels, func(p panel) bool { return p.name == name }) {
+		return ""
+	}
+	return name
+}
+
+// ofHistograms reports whether the figure shows raw histograms.
+func (f *figure) ofHistograms() bool {
+	return slices.ContainsFunc(f.counts, func(b []results.Bar) bool { return len(b) > 0 })
+}
+
+// crossings says where each series crosses the one that they are compared with.
+func (f *figure) crossings() string {
+	i := slices.IndexFunc(f.entries, func(e entry) bool { return f.spec.Versus != "" && e.FigureSeries.Key == f.spec.Versus })
+	if i < 0 {
+		return ""
+	}
+	var parts []string
+	for _, e := range f.entries {
+		if e.FigureSeries.Key == f.spec.Versus || !e.hasValues() {
+			continue
+		}
+		var at []string
+		for _, c := range results.Crossings(e.Series, f.entries[i].Series, f.spec.X.Log) {
+			way := "below"
+			if c.Above {
+				way = "above"
+			}
+			at = append(at, fmt.Sprintf("%s it from %s %s", way, label(round(f.spec.X.Shown(c.Pos), 3)), f.spec.X.Unit))
+		}
+		if at == nil {
+			at = []string{"does not cross it"}
+		}
+		parts = append(parts, e.name()+" "+strings.Join(at, ", "))
+	}
+	return fmt.Sprintf(" Against %s (interpolated medians): %s.", f.entries[i].name(), strings.Join(parts, "; "))
 }
 
 // values returns the values that a column takes, as people read them, numbers
@@ -354,7 +430,7 @@ func (f *figure) thesisValues(s results.ThesisSeries) []float64 {
 // makeLegend lists what the plot shows. A figure of one bar or box a series
 // names them on its axis and needs no more than the thesis's entry.
 func (f *figure) makeLegend() {
-	named := f.horizontal() && f.spec.X.Column == ""
+	named := f.horizontal() && f.spec.X.Column == "" || f.spec.Kind == results.FigureHeat
 	for _, e := range f.entries {
 		if named || !e.hasValues() {
 			continue
@@ -430,7 +506,9 @@ func (f *figure) layout() (title, subtitle, caption []string, plotH vg.Length) {
 	w := width - 2*margin
 	title, subtitle, caption = wrap(titleText, f.spec.Title, w), wrap(subtitleText, f.subtitle, w), wrap(captionText, f.caption, w)
 	plotH = plotHeight
-	if f.horizontal() {
+	if f.spec.Kind == results.FigureHeat {
+		plotH = f.heatHeight()
+	} else if f.horizontal() {
 		_, span := f.rows()
 		plotH = 34 + vg.Length(span)*max(13, min(26, 130/vg.Length(span)))
 	}
@@ -475,6 +553,28 @@ func (f *figure) draw(c draw.Canvas) {
 
 	area := c
 	area.Rectangle = vg.Rectangle{Min: vg.Point{X: margin, Y: y - plotH}, Max: vg.Point{X: width - margin, Y: y}}
+	if f.spec.Kind == results.FigureHeat {
+		f.heat(c, area.Rectangle)
+	} else {
+		f.axes(c, area)
+	}
+	y -= plotH + legendGap
+
+	colW := (width - 2*margin) / vg.Length(f.columns)
+	for i, l := range f.legend {
+		x := margin + colW*vg.Length(i%f.columns)
+		top := y - legendLine*vg.Length(i/f.columns)
+		l.sample(&c, vg.Rectangle{Min: vg.Point{X: x, Y: top - legendLine}, Max: vg.Point{X: x + sampleWidth, Y: top}})
+		s := legendText
+		s.YAlign = draw.YCenter
+		c.FillText(s, vg.Point{X: x + sampleWidth + 4, Y: top - legendLine/2 + 0.6}, l.label)
+	}
+	y -= legendLine*vg.Length((len(f.legend)+f.columns-1)/f.columns) + 4
+	lines(captionText, caption, captionLine)
+}
+
+// axes draws the data between a pair of axes.
+func (f *figure) axes(c, area draw.Canvas) {
 	p := plot.New()
 	p.BackgroundColor = nil
 	for _, a := range []*plot.Axis{&p.X, &p.Y} {
@@ -507,19 +607,6 @@ func (f *figure) draw(c draw.Canvas) {
 	c.FillText(s, vg.Point{X: middle.Center().X, Y: area.Min.Y - labelLine + 1}, xLabel)
 	s.Rotation, s.YAlign = math.Pi/2, draw.YTop
 	c.FillText(s, vg.Point{X: margin, Y: middle.Center().Y}, yLabel)
-	y -= plotH + legendGap
-
-	colW := (width - 2*margin) / vg.Length(f.columns)
-	for i, l := range f.legend {
-		x := margin + colW*vg.Length(i%f.columns)
-		top := y - legendLine*vg.Length(i/f.columns)
-		l.sample(&c, vg.Rectangle{Min: vg.Point{X: x, Y: top - legendLine}, Max: vg.Point{X: x + sampleWidth, Y: top}})
-		s = legendText
-		s.YAlign = draw.YCenter
-		c.FillText(s, vg.Point{X: x + sampleWidth + 4, Y: top - legendLine/2 + 0.6}, l.label)
-	}
-	y -= legendLine*vg.Length((len(f.legend)+f.columns-1)/f.columns) + 4
-	lines(captionText, caption, captionLine)
 }
 
 func (f *figure) png() ([]byte, error) {

@@ -218,6 +218,43 @@ func cases(t *testing.T) map[string]func() (results.FigureSpec, []results.Row) {
 				Keys: []string{"strategy"}, Series: mounts,
 			}, g.rows
 		},
+		"heat": func() (results.FigureSpec, []results.Row) {
+			g := newGen(t)
+			for i, s := range []string{"userfaultfd", "direct-mount", "managed-mount"} {
+				for _, rate := range []float64{10, 100, 1000} {
+					for _, rtt := range []float64{0, 1, 20, 50, 100} {
+						if s == "direct-mount" && rtt == 50 { // a cell that was not measured
+							continue
+						}
+						c := cell("rtt-rate", s, rtt)
+						c.RateMbit = rate
+						g.add(c, "rate_utilisation", 0.97/(1+rtt*rate/1000/math.Pow(10, float64(i))), 0.01, 6)
+					}
+				}
+			}
+			g.fail(cell("rtt-rate", "nbd-direct", 20), results.StatusUnsupported)
+			return results.FigureSpec{
+				Name: "rtt-rate", Title: "Share of the link used, by RTT and rate", Kind: results.FigureHeat,
+				X: results.Axis{Column: "rtt_ms", Label: "RTT", Unit: "ms"}, Rows: results.Axis{Column: "rate_mbit", Label: "Rate", Unit: "Mbit/s"},
+				Y:    results.Axis{Column: "rate_utilisation", Label: "Share of the rate"},
+				Keys: []string{"strategy"}, Series: mounts,
+			}, g.rows
+		},
+		"versus": func() (results.FigureSpec, []results.Row) {
+			g := newGen(t)
+			for _, rate := range []int{1, 4, 16, 64} {
+				c := cell("slow-cache", "managed-mount", 20)
+				c.Params = fmt.Sprintf("cache_rate=%dMiB", rate)
+				g.add(c, "throughput", float64(rate)*1e6, 0, 6)
+			}
+			g.add(cell("slow-cache", "direct-mount", 20), "throughput", 8e6, 0, 6)
+			return results.FigureSpec{
+				Name: "slow-cache", Title: "A slow cache", Kind: results.FigureLine, Versus: "direct-mount",
+				X:    results.Axis{Column: "params.cache_rate", Label: "Rate of the cache", Unit: "MiB/s", Scale: 1.0 / (1 << 20), Log: true},
+				Y:    results.Axis{Column: "throughput", Label: "Read throughput", Unit: "MB/s", Scale: 1e-6},
+				Keys: []string{"strategy"}, Series: []results.FigureSeries{{Key: "managed-mount", Label: "managed"}, {Key: "direct-mount", Label: "direct", Baseline: true}},
+			}, g.rows
+		},
 		"few-runs": func() (results.FigureSpec, []results.Row) {
 			g := newGen(t)
 			for _, size := range []float64{4, 16, 64, 256, 1024} {
@@ -250,7 +287,7 @@ func TestDraw(t *testing.T) {
 				if *keep != "" {
 					dir = filepath.Join(*keep, name)
 				}
-				paths, err := Draw(rows, spec, dir)
+				paths, err := Draw(rows, nil, spec, dir)
 				if err != nil || len(paths) != 2 {
 					t.Fatalf("%v, %v", paths, err)
 				}
@@ -277,6 +314,12 @@ func TestDraw(t *testing.T) {
 			}
 			if spec.Thesis != "" {
 				want = append(want, "(pale, same colour)", "Pojtinger 2023")
+			}
+			switch name {
+			case "heat":
+				want = append(want, "RTT (ms)", "Rate (Mbit/s)", "1000", "0.97", "–", "No run is ok: nbd-direct")
+			case "versus": // between 4 and 16 MiB/s, at 4 x 4^(1/3) in the logarithm
+				want = append(want, "Against direct (interpolated medians): managed above it from 6.35 MiB/s")
 			}
 			for _, w := range want {
 				if !strings.Contains(text, w) {
@@ -311,38 +354,38 @@ func TestDrawReports(t *testing.T) {
 		Y: results.Axis{Column: "throughput", Label: "Throughput", Unit: "B/s", Log: true},
 	}
 	dir := t.TempDir()
-	if _, err := Draw(nil, spec, dir); !errors.Is(err, ErrNoData) {
+	if _, err := Draw(nil, nil, spec, dir); !errors.Is(err, ErrNoData) {
 		t.Errorf("no rows: %v", err)
 	}
 	g := newGen(t)
 	g.fail(cell("f", "direct-mount", 0), results.StatusFailed)
-	if _, err := Draw(g.rows, spec, dir); !errors.Is(err, ErrNoData) {
+	if _, err := Draw(g.rows, nil, spec, dir); !errors.Is(err, ErrNoData) {
 		t.Errorf("only failed runs: %v", err)
 	}
 	thesis := cell("f", "direct-mount", 0)
 	thesis.Variant = "thesis"
 	g.add(thesis, "throughput", 0, 0, 6) // a log axis cannot show it, and must not mind
 	g.add(cell("other", "direct-mount", 0), "throughput", 1, 0, 6)
-	paths, err := Draw(g.rows, spec, dir)
+	paths, err := Draw(g.rows, nil, spec, dir)
 	if !errors.Is(err, ErrNoData) || len(paths) != 2 || filepath.Base(paths[0]) != "f.thesis.png" {
 		t.Errorf("one of two variants has data: %v, %v", paths, err)
 	}
 	second := spec
 	second.Name, second.Figure = "f-second", "f"
-	paths, err = Draw(g.rows, second, dir)
+	paths, err = Draw(g.rows, nil, second, dir)
 	if !errors.Is(err, ErrNoData) || len(paths) != 2 || filepath.Base(paths[0]) != "f-second.thesis.png" {
 		t.Errorf("a second picture of the records: %v, %v", paths, err)
 	}
 	bad := spec
 	bad.Keys = []string{"colour"}
-	if _, err := Draw(g.rows, bad, dir); err == nil || errors.Is(err, ErrNoData) {
+	if _, err := Draw(g.rows, nil, bad, dir); err == nil || errors.Is(err, ErrNoData) {
 		t.Errorf("a figure with an unknown column: %v", err)
 	}
 	file := filepath.Join(dir, "file")
 	if err := os.WriteFile(file, nil, 0o666); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Draw(g.rows, spec, file); err == nil {
+	if _, err := Draw(g.rows, nil, spec, file); err == nil {
 		t.Error("a file is accepted as the folder")
 	}
 }
@@ -360,7 +403,7 @@ func TestExtremes(t *testing.T) {
 						Name: "f", Title: "F", Kind: kind, X: results.Axis{Column: "rtt_ms", Log: log}, Keys: []string{"strategy"},
 						Y: results.Axis{Column: "throughput", Label: "Throughput", Log: log},
 					}
-					fig, err := newFigure(g.rows, spec)
+					fig, err := newFigure(g.rows, nil, spec)
 					var b []byte
 					if err == nil {
 						b, err = fig.svg()

@@ -1,6 +1,7 @@
 package plots
 
 import (
+	"cmp"
 	"image/color"
 	"math"
 	"slices"
@@ -431,10 +432,12 @@ func (f *figure) distribution(p *plot.Plot) (l layer, yLabel string) {
 	curves := make([][]xy, len(f.entries))
 	var xs, ys []float64
 	for i, e := range f.entries {
-		v := f.sample(e)
-		if density {
+		switch v := f.sample(e); {
+		case density:
 			curves[i] = f.density(v)
-		} else {
+		case f.ofHistograms():
+			curves[i] = f.share(f.counts[i])
+		default:
 			curves[i] = ecdf(v)
 		}
 		for _, p := range curves[i] {
@@ -462,6 +465,12 @@ func (f *figure) distribution(p *plot.Plot) (l layer, yLabel string) {
 	} else {
 		valueAxis(&p.Y, false, 5, 0, 1)
 		yLabel = "Share of runs"
+		switch f.spec.Y.Column {
+		case results.TouchHistogram:
+			yLabel = "Share of touches"
+		case results.RequestHistogram:
+			yLabel = "Share of requested bytes"
+		}
 	}
 	return func(c draw.Canvas, x, y func(float64) vg.Length) {
 		for _, e := range f.entries {
@@ -526,6 +535,34 @@ func kde(v []float64) []xy {
 			sum += distuv.UnitNormal.Prob((at - m) / h)
 		}
 		out[i] = xy{at, sum / (h * float64(len(v)))}
+	}
+	return out
+}
+
+// share is the distribution of a histogram: of its counts, or, where it is of
+// sizes, of their bytes.
+func (f *figure) share(bars []results.Bar) []xy {
+	weight := func(b results.Bar) float64 {
+		if f.spec.Y.Column == results.RequestHistogram {
+			return float64(b.Count) * b.Value
+		}
+		return float64(b.Count)
+	}
+	bars = slices.Clone(bars)
+	slices.SortFunc(bars, func(a, b results.Bar) int { return cmp.Compare(a.Value, b.Value) })
+	var total, sum float64
+	for _, b := range bars {
+		total += weight(b)
+	}
+	var out []xy
+	for _, b := range bars {
+		v := f.spec.Y.Shown(b.Value)
+		if f.spec.Y.Log && v <= 0 {
+			continue
+		}
+		before := sum
+		sum += weight(b)
+		out = append(out, xy{v, before / total}, xy{v, sum / total})
 	}
 	return out
 }

@@ -17,7 +17,8 @@ const (
 	FigureBar     FigureKind = "bar"     // median and its interval, a bar per x (or series)
 	FigureBox     FigureKind = "box"     // quartiles, whiskers of 1.5 interquartile ranges, outliers
 	FigureDensity FigureKind = "density" // kernel density of the runs' values
-	FigureCDF     FigureKind = "cdf"     // share of the runs at or below a value
+	FigureCDF     FigureKind = "cdf"     // share of the runs, or of a histogram's counts, at or below a value
+	FigureHeat    FigureKind = "heat"    // the median as the colour of a cell of x and Rows, a panel a series
 )
 
 // Axis is an axis of a figure: what it shows, and in which unit.
@@ -64,15 +65,17 @@ type FigureSpec struct {
 	Title  string
 	Kind   FigureKind
 	X, Y   Axis
+	Rows   Axis                // heat maps only: the vertical axis; Y is the colour's
 	Where  map[string][]string // only rows whose column has one of the texts; nil is all rows of the figure
 	Keys   []string            // columns (or params.NAME) that tell series apart
 	Series []FigureSeries      // order, labels and colours; series that are not named follow in order of their keys
 	Thesis string              // the thesis's figure that lies beneath; empty for none
+	Versus string              // lines only: key of the series that the others are compared with; the caption says where each crosses it
 	Note   string              // a sentence for the caption, such as what a reader must know of the method
 }
 
-// Rows returns those of rows that the figure shows.
-func (f FigureSpec) Rows(rows []Row) []Row {
+// Select returns those of rows that the figure shows.
+func (f FigureSpec) Select(rows []Row) []Row {
 	return Filter(rows, func(r Row) bool {
 		if r.Figure != cmp.Or(f.Figure, f.Name) {
 			return false
@@ -88,7 +91,20 @@ func (f FigureSpec) Rows(rows []Row) []Row {
 
 // Query returns what Group needs to make the figure's series.
 func (f FigureSpec) Query() Query {
-	return Query{Metric: f.Y.Column, Keys: f.Keys, X: f.X.Column, Position: f.X.Position}
+	q := Query{Metric: f.Y.Column, Keys: f.Keys, X: f.X.Column, Position: f.X.Position}
+	if f.histogram() {
+		q.Metric = "bytes_done" // every run that is ok has it; what counts are the runs' names
+	}
+	if f.Kind == FigureHeat {
+		q.Keys = append(slices.Clone(f.Keys), f.Rows.Column)
+	}
+	return q
+}
+
+// histogram reports whether the figure shows raw histograms and not a metric.
+func (f FigureSpec) histogram() bool {
+	_, ok := histogramUnits[f.Y.Column]
+	return ok && f.Kind == FigureCDF
 }
 
 // Check returns an error unless the figure can be drawn: known kind, metric and
@@ -98,7 +114,7 @@ func (f FigureSpec) Check() error {
 		return fmt.Errorf("figure %s: %w", f.Name, fmt.Errorf(format, a...))
 	}
 	switch f.Kind {
-	case FigureLine, FigureBar, FigureBox, FigureDensity, FigureCDF:
+	case FigureLine, FigureBar, FigureBox, FigureDensity, FigureCDF, FigureHeat:
 	default:
 		return fault("no kind %q", f.Kind)
 	}
@@ -108,10 +124,13 @@ func (f FigureSpec) Check() error {
 	if f.Kind == FigureLine && f.X.Column == "" {
 		return fault("a line needs a column for x")
 	}
-	if m, ok := MetricByName(f.Y.Column); !ok || m.Name == RunMetric {
+	if (f.X.Column == "" || f.Rows.Column == "" || len(f.Keys) == 0) && f.Kind == FigureHeat {
+		return fault("a heat map needs columns for x and rows, and keys for its panels")
+	}
+	if m, ok := MetricByName(f.Y.Column); (!ok || m.Name == RunMetric) && !f.histogram() {
 		return fault("no metric %q", f.Y.Column)
 	}
-	for _, c := range slices.Concat([]string{f.X.Column, f.X.Position}, f.Keys, slices.Collect(maps.Keys(f.Where))) {
+	for _, c := range slices.Concat([]string{f.X.Column, f.X.Position, f.Rows.Column}, f.Keys, slices.Collect(maps.Keys(f.Where))) {
 		if c == "" {
 			continue
 		}
@@ -128,6 +147,9 @@ func (f FigureSpec) Check() error {
 		for _, s := range t {
 			theirs[s.Name] = true
 		}
+	}
+	if f.Versus != "" && !slices.ContainsFunc(f.Series, func(s FigureSeries) bool { return s.Key == f.Versus }) {
+		return fault("no series %q to compare with", f.Versus)
 	}
 	seen := map[string]bool{}
 	for _, s := range f.Series {

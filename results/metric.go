@@ -42,6 +42,7 @@ var metrics = [...]Metric{
 	{"blocktime_max", "s", Lower, false, "the destination takes over", "end of the run", "Longest single wait after the hand-over."},
 	{"time_to_90", "s", Lower, false, "the destination takes over", "the workload reaches 90 % of its throughput before", "Recovery after a migration."},
 	{"total_time", "s", Lower, false, "command", "the source may exit (migration), the destination is equal (sync)", "Duration of the whole action."},
+	{"sync_latency", "s", Lower, false, "last touch returned", "the source has what was written", "How long flush and Sync take after the work."},
 	{"staleness", "s", Lower, false, "write at the source", "visible at the destination", "Age of what the destination sees; median over the writes of the run."},
 	{"wire_tx_bytes", "B", Lower, false, "open start", "teardown", "Sent at the source's interface, L3 bytes as segmented."},
 	{"wire_rx_bytes", "B", Lower, false, "open start", "teardown", "Received at the source's interface, L3 bytes as segmented."},

@@ -20,8 +20,9 @@ func Filter(rows []Row, keep func(Row) bool) []Row {
 // Point is one place of a series: what the runs of one cell measured.
 type Point struct {
 	X      string    // text of the x column; "" where there is none
-	Pos    float64   // where it is drawn: median of the position column, else X as a number, else 0
+	Pos    float64   // where it is drawn: median of the position column, else X as a Quantity, else 0
 	Values []float64 // one for each run that is ok, in the order of recording
+	Runs   []string  // the runs' names, in the same order
 	Summary
 	Failed int // runs of the cell with another status
 }
@@ -85,7 +86,7 @@ func Group(rows []Row, q Query) ([]Series, error) {
 			p.Failed++
 			continue
 		}
-		p.Values = append(p.Values, r.Value.v)
+		p.Values, p.Runs = append(p.Values, r.Value.v), append(p.Runs, r.RunID)
 		if q.Position != "" {
 			s, err := r.Get(q.Position)
 			if err != nil {
@@ -99,7 +100,7 @@ func Group(rows []Row, q Query) ([]Series, error) {
 	for _, at := range order {
 		p := points[at]
 		p.Summary = Summarize(p.Values)
-		if v, err := parseFloat(at.x); err == nil {
+		if v, ok := Quantity(at.x); ok {
 			p.Pos = v
 		}
 		if s := Summarize(positions[at]); s.N > 0 {

@@ -26,6 +26,7 @@ func Figures() []Figure {
 	return slices.Concat(
 		rttFigures(),
 		thesisFigures(),
+		linkFigures(),
 		collectorFigures(),
 	)
 }

@@ -70,6 +70,7 @@ type Outcome struct {
 	Verified  bool // every byte that was read, and after writes the source, was compared
 	Values    map[string]float64
 	Histogram []byte // HDR, V2 compressed, base64: nanoseconds of every touch
+	Requests  []byte // the same of the bytes of each read request that reached the region's store; only with op read
 	RTT       time.Duration
 	Rate      float64 // bit/s measured on the link; 0 where it has none
 	Took      time.Duration
@@ -580,7 +581,8 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 		if _, err := r.daemon.Ask(ctx, "sync", struct{}{}, nil); err != nil {
 			return err
 		}
-		v["total_time"] = seconds(monotonic() - t.Start)
+		now := monotonic()
+		v["total_time"], v["sync_latency"] = seconds(now-t.Start), seconds(now-t.End)
 	}
 	var s strategies.Stats
 	if _, err := r.daemon.Ask(ctx, "stats", struct{}{}, &s); err != nil {
@@ -609,12 +611,28 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 			return err
 		}
 	}
+	if c.Op == "read" {
+		if r.out.Requests, err = r.requests(ctx); err != nil {
+			return err
+		}
+	}
 	if r.source != nil {
 		if _, err := r.source.Ask(ctx, "close", struct{}{}, nil); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// requests returns the histogram of what was read from the store that holds the region.
+func (r *run) requests(ctx context.Context) ([]byte, error) {
+	holder := r.source
+	if holder == nil {
+		holder = r.daemon
+	}
+	var h role.Requests
+	_, err := holder.Ask(ctx, "requests", struct{}{}, &h)
+	return h.Hist, err
 }
 
 // touches turns what the workload did into metrics.

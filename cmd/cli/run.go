@@ -206,9 +206,11 @@ func runRun(s *state, o *runOptions) error {
 	err = r.Sweep(s.ctx, items, p.Begin, func(out scenarios.Outcome) error {
 		status.add(out)
 		rows, err := out.Rows()
-		if err == nil && len(out.Histogram) > 0 {
-			// Before the rows: a recorded run always has its histogram.
-			err = json.NewEncoder(hist).Encode(map[string]string{"run_id": out.ID, "hdr_v2": string(out.Histogram), "unit": "ns"})
+		for of, h := range map[string][]byte{results.TouchHistogram: out.Histogram, results.RequestHistogram: out.Requests} {
+			if err == nil && len(h) > 0 {
+				// Before the rows: a recorded run always has its histograms.
+				err = json.NewEncoder(hist).Encode(results.NewHistogramRecord(out.ID, of, h))
+			}
 		}
 		if err == nil {
 			err = w.Append(rows...)
@@ -278,6 +280,10 @@ func show(s *state, dir string, figures []scenarios.Figure, variants []string) e
 	} else if err != nil {
 		return err
 	}
+	histograms, err := results.ReadHistograms(dir)
+	if err != nil {
+		return err
+	}
 	for _, f := range figures {
 		for _, v := range variants {
 			of := results.Filter(rows, func(r results.Row) bool { return r.Figure == f.Spec.Name && r.Variant == v })
@@ -288,7 +294,7 @@ func show(s *state, dir string, figures []scenarios.Figure, variants []string) e
 				return err
 			}
 			for _, spec := range f.Pictures() {
-				files, err := plots.Draw(of, spec, filepath.Join(dir, "plots"))
+				files, err := plots.Draw(of, histograms, spec, filepath.Join(dir, "plots"))
 				if err != nil {
 					fmt.Fprintf(s.stderr, "no picture of %s (%s): %v\n", spec.Name, v, err)
 					continue

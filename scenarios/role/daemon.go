@@ -34,7 +34,7 @@ type Mounted struct {
 // daemon is the process with the strategy's destination side.
 type daemon struct {
 	known strategies.Registry
-	local region.Store // with transport local
+	local *backend.Sized // nil but with transport local
 	mount strategies.Mount
 }
 
@@ -44,6 +44,7 @@ func (d *daemon) ops() map[string]handler {
 		"sync":     on(func(ctx context.Context, _ none) (none, error) { return none{}, d.mount.Sync(ctx) }),
 		"stats":    on(func(context.Context, none) (strategies.Stats, error) { return d.mount.Stats(), nil }),
 		"verify":   on(func(ctx context.Context, a verifyArgs) (Verified, error) { return verifyStore(ctx, d.local, a) }),
+		"requests": on(func(context.Context, none) (Requests, error) { return requests(d.local) }),
 		"trouble":  on(d.trouble),
 		"unmount":  on(d.unmount),
 		"counters": on(counters), "floors": on(daemonFloors),
@@ -52,7 +53,10 @@ func (d *daemon) ops() map[string]handler {
 
 // hold fills the region that the daemon itself holds (transport local), before any clock.
 func (d *daemon) hold(_ context.Context, s Setup) (_ none, err error) {
-	d.local, err = backend.Open(s.Backend, s.Dir)
+	store, err := backend.Open(s.Backend, s.Dir)
+	if err == nil {
+		d.local = backend.NewSized(store)
+	}
 	return none{}, err
 }
 

@@ -52,7 +52,7 @@ type Listening struct {
 // source is the process that has the data and serves a transport.
 type source struct {
 	known strategies.Registry
-	store region.Store
+	store *backend.Sized
 	setup Setup
 
 	mu    sync.Mutex
@@ -66,13 +66,27 @@ type source struct {
 func (s *source) ops() map[string]handler {
 	return map[string]handler{
 		"open": on(s.open), "listen": on(s.listen), "verify": on(s.verify), "close": on(s.close), "counters": on(counters),
+		"requests": on(func(context.Context, none) (Requests, error) { return requests(s.store) }),
 	}
 }
 
 func (s *source) open(_ context.Context, setup Setup) (_ none, err error) {
 	s.setup = setup
-	s.store, err = backend.Open(setup.Backend, setup.Dir)
+	store, err := backend.Open(setup.Backend, setup.Dir)
+	if err == nil {
+		s.store = backend.NewSized(store)
+	}
 	return none{}, err
+}
+
+// Requests is the histogram of the sizes of read requests, see backend.Sized.
+type Requests struct {
+	Hist []byte `json:"hist"`
+}
+
+func requests(s *backend.Sized) (r Requests, err error) {
+	r.Hist, err = s.Histogram()
+	return r, err
 }
 
 // listenArgs names the address (without a port) to listen on.

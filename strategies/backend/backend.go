@@ -282,11 +282,13 @@ type Delayed struct {
 	RTT time.Duration
 }
 
-func (d Delayed) pause(ctx context.Context) error {
-	if d.RTT <= 0 {
+func (d Delayed) pause(ctx context.Context) error { return pause(ctx, d.RTT) }
+
+func pause(ctx context.Context, d time.Duration) error {
+	if d <= 0 {
 		return ctx.Err()
 	}
-	t := time.NewTimer(d.RTT)
+	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/HdrHistogram/hdrhistogram-go"
+
 	"memsync/strategies/region"
 )
 
@@ -392,4 +394,68 @@ func ExampleOpen() {
 	defer s.Close()
 	fmt.Println(s.Size(), s.ReadAt(context.Background(), make([]byte, 2), 4))
 	// Output: 5 range [4, +2) of 5 bytes: out of range
+}
+
+func TestSlow(t *testing.T) {
+	s, err := Open(Spec{Backend: "memory", Size: 1 << 20}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	buf := make([]byte, 64<<10)
+	for name, c := range map[string]struct {
+		slow  *Slow
+		least time.Duration // for eight reads, one after another
+	}{
+		"rate":  {&Slow{Store: s, Rate: 10 << 20}, 50*time.Millisecond - slowSlack},
+		"delay": {&Slow{Store: s, Delay: 5 * time.Millisecond}, 40 * time.Millisecond},
+		"both":  {&Slow{Store: s, Rate: 10 << 20, Delay: 5 * time.Millisecond}, 50*time.Millisecond - slowSlack},
+	} {
+		start := time.Now()
+		for range 4 {
+			if err := errors.Join(c.slow.ReadAt(bg, buf, 0), c.slow.WriteAt(bg, buf, 0)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if took := time.Since(start); took < c.least {
+			t.Errorf("%s: took %v, want at least %v", name, took, c.least)
+		}
+		ctx, cancel := context.WithCancel(bg)
+		cancel()
+		if err := c.slow.ReadAt(ctx, buf, 0); !errors.Is(err, context.Canceled) {
+			t.Errorf("%s, canceled: %v", name, err)
+		}
+	}
+	if _, ok := any(&Slow{Store: s}).(region.Viewer); ok {
+		t.Error("a slow store offers views, which would cost nothing")
+	}
+}
+
+func TestSized(t *testing.T) {
+	m, err := Open(Spec{Backend: "memory", Size: 1 << 20}, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	s := NewSized(m)
+	if err := s.ReadAt(bg, make([]byte, 4096), 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := s.View(0, 100); !ok {
+		t.Error("memory offers no view")
+	}
+	if _, ok := s.View(1<<20, 1); ok {
+		t.Error("a view beyond the end")
+	}
+	b, err := s.Histogram()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := hdrhistogram.Decode(b)
+	if err != nil || h.TotalCount() != 2 || h.Min() != 100 || h.Max()>>3 != 4096>>3 {
+		t.Errorf("%d values, %d to %d: %v", h.TotalCount(), h.Min(), h.Max(), err)
+	}
+	if _, ok := NewSized(&Slow{Store: m}).View(0, 1); ok {
+		t.Error("a view of a store that has none")
+	}
 }

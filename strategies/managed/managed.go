@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"memsync/strategies"
+	"memsync/strategies/backend"
 	"memsync/strategies/chunk"
 	"memsync/strategies/device"
 	"memsync/strategies/device/uffd"
@@ -53,6 +54,8 @@ func params() []param.Spec {
 		{Name: "push_interval", Kind: param.KindDuration, Default: "1s", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "pause between background pushes"},
 		{Name: "dirty_limit", Kind: param.KindSize, Default: "256MiB", Doc: "bytes that may wait to be pushed before a writer has to; 0 is any"},
 		{Name: "cache_kind", Kind: param.KindEnum, Default: "memory", Values: []string{"memory", "file"}, Doc: "where local chunks are kept"},
+		{Name: "cache_delay", Kind: param.KindDuration, Default: "0s", Max: int64(time.Minute), Doc: "that each access of the cache takes more, to imitate a slow disk"},
+		{Name: "cache_rate", Kind: param.KindSize, Default: "0", Doc: "bytes per second that the cache reads and writes at most, to imitate a slow disk; 0 is any"},
 	}
 }
 
@@ -101,6 +104,9 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	size := m.remote.Size()
 	if m.cache, err = m.openCache(o, size); err != nil {
 		return nil, err
+	}
+	if delay, rate := p.Duration("cache_delay"), p.Size("cache_rate"); delay > 0 || rate > 0 {
+		m.cache = &backend.Slow{Store: m.cache, Delay: delay, Rate: rate}
 	}
 	extent, window := max(p.Size("extent"), o.Chunk), p.Size("window")
 	syncer, err := chunk.NewSyncer(m.remote, m.cache, o.Chunk, extent)
