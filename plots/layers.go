@@ -116,6 +116,9 @@ func (f *figure) lines(p *plot.Plot) layer {
 	var xs, ys []float64
 	for _, e := range f.entries {
 		for _, pt := range e.Points {
+			if y, ok := f.shown(pt.Median); ok && e.Baseline {
+				ys = append(ys, y)
+			}
 			if m, ok := f.median(pt); ok {
 				xs, ys = append(xs, m.x), append(ys, m.y)
 			}
@@ -138,9 +141,17 @@ func (f *figure) lines(p *plot.Plot) layer {
 		}
 		p.X.Tick.Marker = ticks
 	} else if f.spec.X.Log && len(f.cats) <= 8 { // what was measured says more than decades do
+		digits := 4
+		if f.spec.X.Position != "" { // measured, so not as round as it was meant to be
+			digits = 2
+		}
 		var ticks plot.ConstantTicks
+		seen := map[string]bool{}
 		for _, v := range xs {
-			ticks = append(ticks, plot.Tick{Value: v, Label: label(round(v, 4))})
+			if l := label(round(v, digits)); !seen[l] {
+				seen[l] = true
+				ticks = append(ticks, plot.Tick{Value: v, Label: l})
+			}
 		}
 		p.X.Tick.Marker = ticks
 	}
@@ -188,10 +199,14 @@ func (f *figure) lines(p *plot.Plot) layer {
 					errorBar(&c, e.color, at(l), at(h))
 				}
 			}
-			if e.Baseline && len(line) > 0 {
+			if e.Baseline { // wherever it was measured
 				across := e.line()
 				across.Width = 0.8
-				c.StrokeLine2(across, c.Min.X, line[0].Y, c.Max.X, line[0].Y)
+				for _, pt := range e.Points[:1] {
+					if m, ok := f.shown(pt.Median); ok {
+						c.StrokeLine2(across, c.Min.X, y(m), c.Max.X, y(m))
+					}
+				}
 			} else if len(line) > 1 {
 				c.StrokeLines(e.line(), line)
 			}

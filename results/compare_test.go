@@ -219,7 +219,7 @@ func TestMerge(t *testing.T) {
 		return p
 	}
 	half := len(rows) / 2 // runs have three rows each, so this is between two
-	a := folder("a", 1, rows[:half], `{"run_id":"a-0-0","hdr_v2":"x"}`+"\n")
+	a := folder("a", 1, rows[:half], `{"run_id":"a-0-0","hdr_v2":"x"}`+"\n"+`{"run_id":"a-0-0","of":"histogram.request","hdr_v2":"z"}`+"\n")
 	b := folder("b", 1, rows[half:], `{"run_id":"a-3-2","hdr_v2":"y"}`+"\n"+`{"run_id":"a-`)
 	out := filepath.Join(dir, "out")
 	m, err := Merge(out, a, b, b)
@@ -238,7 +238,7 @@ func TestMerge(t *testing.T) {
 	if man, err := ReadManifest(out); err != nil || len(man.Parts) != 3 {
 		t.Errorf("manifest of %d parts, %v", len(man.Parts), err)
 	}
-	if h, err := os.ReadFile(filepath.Join(out, HistogramsFile)); err != nil || strings.Count(string(h), "\n") != 2 {
+	if h, err := os.ReadFile(filepath.Join(out, HistogramsFile)); err != nil || strings.Count(string(h), "\n") != 3 {
 		t.Errorf("histograms %q, %v", h, err)
 	}
 	if _, err := Merge(out, a); !errors.Is(err, fs.ErrExist) {

@@ -11,10 +11,6 @@ import (
 	"slices"
 )
 
-// HistogramsFile is the name of the latency histograms within a result folder:
-// one JSON object a line, with the run_id of the run that it belongs to.
-const HistogramsFile = "histograms.jsonl"
-
 // Merged is what Merge did.
 type Merged struct {
 	Runs     int      // in the new folder
@@ -140,7 +136,8 @@ func runsOf(rows []Row) func(yield func([]Row) bool) {
 	}
 }
 
-// readHistograms adds the lines of a folder's histograms, if it has any, by run.
+// readHistograms puts the lines of a folder's histograms, if it has any, in place
+// of those of the same runs.
 func readHistograms(dir string, byRun map[string][]byte) error {
 	b, err := os.ReadFile(filepath.Join(dir, HistogramsFile))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -148,6 +145,7 @@ func readHistograms(dir string, byRun map[string][]byte) error {
 	} else if err != nil {
 		return err
 	}
+	mine := map[string]bool{}
 	for line := range bytes.Lines(b) {
 		var of struct {
 			Run string `json:"run_id"`
@@ -155,7 +153,10 @@ func readHistograms(dir string, byRun map[string][]byte) error {
 		if !bytes.HasSuffix(line, []byte("\n")) || json.Unmarshal(line, &of) != nil {
 			continue // the cut end of a killed sweep; its run is not closed
 		}
-		byRun[of.Run] = line
+		if !mine[of.Run] {
+			mine[of.Run], byRun[of.Run] = true, nil
+		}
+		byRun[of.Run] = slices.Concat(byRun[of.Run], line) // a run has several
 	}
 	return nil
 }

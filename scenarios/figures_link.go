@@ -155,7 +155,7 @@ func rttAndRate() Figure {
 		X: results.Axis{Column: "rtt_ms", Label: "RTT", Unit: "ms"}, Rows: results.Axis{Column: "rate_mbit", Label: "Rate", Unit: "Mbit/s"},
 		Y:    results.Axis{Column: "rate_utilisation", Label: "Bytes read, from open on, by time and rate"},
 		Keys: []string{"strategy"}, Series: remoteSeries(),
-		Note: "Sequential read. Where a run's time ends before the region, the bytes until then count.",
+		Note: "Sequential read of what the link carries in 5 s (quick: 0.5 s), the same for all strategies. Where a run's time ends first, the bytes until then count.",
 	}}
 	f.More = []results.FigureSpec{
 		alsoAs(f.Spec, "rtt-and-rate-throughput", func(s *results.FigureSpec) {
@@ -177,9 +177,9 @@ func rttAndRate() Figure {
 			for _, rate := range rates {
 				for _, strategy := range remotes(variant) {
 					c := cellOf(name, variant, strategy, time.Duration(ms)*time.Millisecond)
-					c.Link.Rate, c.Size, c.Budget = rate*1_000_000, 64<<20, 10*time.Second
+					c.Link.Rate, c.Size, c.Budget = rate*1_000_000, rate*640<<10, 10*time.Second // 5 s at the link's rate
 					if quick {
-						c.Budget = 400 * time.Millisecond
+						c.Size, c.Budget = rate*64<<10, time.Second
 					}
 					cells = append(cells, c)
 				}
@@ -205,17 +205,17 @@ func slowCache() Figure {
 	}
 	f.Spec.Series = append(f.Spec.Series, results.FigureSeries{Key: "direct-mount/", Label: "direct mount", Baseline: true})
 	f.Cells = func(variant string, quick bool) []*Cell {
-		rates := []int{1, 4, 16, 64, 256, 1024}
+		rates, delays := []int{1, 4, 16, 64, 256, 1024}, delays
 		if quick {
-			rates = []int{4, 32, 256}
+			rates, delays = []int{8, 32, 128}, []string{"0s", "5ms"}
 		}
 		var cells []*Cell
 		add := func(strategy string, settings ...string) {
 			c := cellOf(name, variant, strategy, 20*time.Millisecond)
-			c.Size = 32 << 20
+			c.Size, c.Budget = 32<<20, 90*time.Second
 			c.Settings = append(c.Settings, settings...)
 			if quick {
-				c.Budget = time.Second
+				c.Size, c.Budget = 8<<20, 4*time.Second
 			}
 			cells = append(cells, c)
 		}

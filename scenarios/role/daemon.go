@@ -34,7 +34,7 @@ type Mounted struct {
 // daemon is the process with the strategy's destination side.
 type daemon struct {
 	known strategies.Registry
-	local *backend.Sized // nil but with transport local
+	local region.Store // with transport local
 	mount strategies.Mount
 }
 
@@ -53,10 +53,7 @@ func (d *daemon) ops() map[string]handler {
 
 // hold fills the region that the daemon itself holds (transport local), before any clock.
 func (d *daemon) hold(_ context.Context, s Setup) (_ none, err error) {
-	store, err := backend.Open(s.Backend, s.Dir)
-	if err == nil {
-		d.local = backend.NewSized(store)
-	}
+	d.local, err = backend.Open(s.Backend, s.Dir)
 	return none{}, err
 }
 

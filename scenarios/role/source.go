@@ -52,7 +52,7 @@ type Listening struct {
 // source is the process that has the data and serves a transport.
 type source struct {
 	known strategies.Registry
-	store *backend.Sized
+	store region.Store
 	setup Setup
 
 	mu    sync.Mutex
@@ -72,20 +72,20 @@ func (s *source) ops() map[string]handler {
 
 func (s *source) open(_ context.Context, setup Setup) (_ none, err error) {
 	s.setup = setup
-	store, err := backend.Open(setup.Backend, setup.Dir)
-	if err == nil {
-		s.store = backend.NewSized(store)
-	}
+	s.store, err = backend.Open(setup.Backend, setup.Dir)
 	return none{}, err
 }
 
-// Requests is the histogram of the sizes of read requests, see backend.Sized.
+// Requests is the histogram of the sizes of read requests, see backend.Sizes;
+// empty where the backend does not count.
 type Requests struct {
 	Hist []byte `json:"hist"`
 }
 
-func requests(s *backend.Sized) (r Requests, err error) {
-	r.Hist, err = s.Histogram()
+func requests(s region.Store) (r Requests, err error) {
+	if c, ok := s.(backend.Counter); ok {
+		r.Hist, err = c.ReadSizes()
+	}
 	return r, err
 }
 

@@ -79,6 +79,7 @@ const eager = 512 << 20
 // its origin when it is first needed, so that a region of 1 TiB costs what is
 // touched of it. It implements region.Viewer.
 type Memory struct {
+	Sizes
 	size   int64
 	mem    []byte
 	fill   func(p []byte, off int64) error
@@ -157,6 +158,7 @@ func (m *Memory) View(off, n int64) ([]byte, bool) {
 	if m.check(context.Background(), off, n) != nil {
 		return nil, false
 	}
+	m.count(int(n))
 	return m.mem[off : off+n : off+n], true
 }
 
@@ -167,6 +169,7 @@ func (m *Memory) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := m.check(ctx, off, int64(len(p))); err != nil {
 		return err
 	}
+	m.count(len(p))
 	copy(p, m.mem[off:])
 	return nil
 }
@@ -202,6 +205,7 @@ func (m *Memory) Close() error {
 
 // File holds a region in a file, through the page cache.
 type File struct {
+	Sizes
 	size   int64
 	f      *os.File
 	closed atomic.Bool
@@ -253,6 +257,7 @@ func (f *File) do(ctx context.Context, op func([]byte, int64) (int, error), name
 
 // ReadAt reads from the file.
 func (f *File) ReadAt(ctx context.Context, p []byte, off int64) error {
+	f.count(len(p))
 	return f.do(ctx, f.f.ReadAt, "read", p, off)
 }
 

@@ -431,31 +431,40 @@ func TestSlow(t *testing.T) {
 	}
 }
 
-func TestSized(t *testing.T) {
-	m, err := Open(Spec{Backend: "memory", Size: 1 << 20}, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer m.Close()
-	s := NewSized(m)
-	if err := s.ReadAt(bg, make([]byte, 4096), 0); err != nil {
-		t.Fatal(err)
-	}
-	if _, ok := s.View(0, 100); !ok {
-		t.Error("memory offers no view")
-	}
-	if _, ok := s.View(1<<20, 1); ok {
-		t.Error("a view beyond the end")
-	}
-	b, err := s.Histogram()
-	if err != nil {
-		t.Fatal(err)
-	}
-	h, err := hdrhistogram.Decode(b)
-	if err != nil || h.TotalCount() != 2 || h.Min() != 100 || h.Max()>>3 != 4096>>3 {
-		t.Errorf("%d values, %d to %d: %v", h.TotalCount(), h.Min(), h.Max(), err)
-	}
-	if _, ok := NewSized(&Slow{Store: m}).View(0, 1); ok {
-		t.Error("a view of a store that has none")
+func TestSizes(t *testing.T) {
+	for _, name := range Names() {
+		s, err := Open(Spec{Backend: name, Size: 1 << 20}, t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		c, ok := s.(Counter)
+		if !ok {
+			t.Errorf("%s does not count its reads", name)
+			continue
+		}
+		if b, err := c.ReadSizes(); b != nil || err != nil {
+			t.Errorf("%s, before any: %q, %v", name, b, err)
+		}
+		want := int64(1)
+		if err := s.ReadAt(bg, make([]byte, 4096), 0); err != nil {
+			t.Fatal(err)
+		}
+		if v, ok := s.(region.Viewer); ok {
+			if _, ok := v.View(0, 100); ok {
+				want++
+			}
+			if _, ok := v.View(1<<20, 1); ok {
+				t.Errorf("%s: a view beyond the end", name)
+			}
+		}
+		b, err := c.ReadSizes()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, err := hdrhistogram.Decode(b)
+		if err != nil || h.TotalCount() != want || h.Max()>>3 != 4096>>3 {
+			t.Errorf("%s: %d reads, the largest of %d bytes: %v", name, h.TotalCount(), h.Max(), err)
+		}
 	}
 }

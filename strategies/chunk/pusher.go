@@ -44,6 +44,7 @@ type Pusher struct {
 	cancel    context.CancelFunc
 	done      chan struct{}
 	kick      chan struct{}
+	urgent    atomic.Int32 // how many wait for a pass with SyncWorkers: a background pass makes way
 	once      sync.Once
 	err       error // of Close
 
@@ -101,7 +102,8 @@ func (p *Pusher) run(ctx context.Context) {
 			return
 		}
 		pause = p.o.Interval
-		if p.dirty.Count() > 0 && p.push(ctx, p.o.Workers) != nil {
+		makeWay := func() bool { return p.urgent.Load() > 0 }
+		if p.dirty.Count() > 0 && p.push(ctx, p.o.Workers, makeWay) != nil {
 			pause = max(pause, minBackoff)
 			pause = min(2*pause, max(p.o.Interval, maxBackoff))
 		}
@@ -133,7 +135,10 @@ func (p *Pusher) Full() bool {
 // Throttle pushes until that is not so.
 func (p *Pusher) Throttle(ctx context.Context) error {
 	for p.Full() {
-		if err := p.push(ctx, p.o.SyncWorkers); err != nil {
+		p.urgent.Add(1)
+		err := p.push(ctx, p.o.SyncWorkers, nil)
+		p.urgent.Add(-1)
+		if err != nil {
 			return fmt.Errorf("%d bytes are dirty, the limit is %d: %w", p.DirtyBytes(), p.o.DirtyLimit, err)
 		}
 	}
@@ -144,7 +149,9 @@ func (p *Pusher) Throttle(ctx context.Context) error {
 // was called are at the source and the source was flushed. It costs nothing
 // where nothing was written since the last one.
 func (p *Pusher) Flush(ctx context.Context) error {
+	p.urgent.Add(1)
 	release, err := p.acquire(ctx)
+	p.urgent.Add(-1)
 	if err != nil {
 		return err
 	}
@@ -154,7 +161,7 @@ func (p *Pusher) Flush(ctx context.Context) error {
 		if p.clean() {
 			return nil
 		}
-		if err := p.makePass(ctx, p.o.SyncWorkers); err != nil {
+		if err := p.makePass(ctx, p.o.SyncWorkers, nil); err != nil {
 			return err
 		}
 		if err := p.remote.Flush(ctx); err != nil {
@@ -208,17 +215,18 @@ func (p *Pusher) acquire(ctx context.Context) (release func(), err error) {
 	}
 }
 
-// push makes one pass with that many requests in flight.
-func (p *Pusher) push(ctx context.Context, workers int) error {
+// push makes one pass with that many requests in flight. It ends early, without
+// an error, once makeWay, unless nil, is true.
+func (p *Pusher) push(ctx context.Context, workers int, makeWay func() bool) error {
 	release, err := p.acquire(ctx)
 	if err != nil {
 		return err
 	}
 	defer release()
-	return p.makePass(ctx, workers)
+	return p.makePass(ctx, workers, makeWay)
 }
 
-func (p *Pusher) makePass(ctx context.Context, workers int) error {
+func (p *Pusher) makePass(ctx context.Context, workers int, makeWay func() bool) error {
 	ctx, cancel := context.WithCancel(region.WithClass(ctx, region.Push))
 	defer cancel()
 	defer context.AfterFunc(p.ctx, cancel)()
@@ -232,7 +240,7 @@ func (p *Pusher) makePass(ctx context.Context, workers int) error {
 		for {
 			mu.Lock()
 			lo, hi, ok := p.dirty.Next(at, p.maxExtent)
-			if first != nil || !ok {
+			if first != nil || !ok || makeWay != nil && makeWay() {
 				mu.Unlock()
 				return
 			}
