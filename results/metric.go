@@ -77,6 +77,7 @@ var metrics = [...]Metric{
 	{"bytes_resident", "B", Neither, false, "open start", "end of the measured section", "Region bytes that a server of userfaultfd has filled."},
 	{"dirty_bytes", "B", Neither, false, "open start", "end of the measured section", "Bytes in chunks that wait to be pushed."},
 	{"dropped_pull_bytes", "B", Lower, false, "open start", "end of the measured section", "Bytes pulled in vain: written, or pulled by another, meanwhile."},
+	{"evicted_bytes", "B", Neither, false, "open start", "end of the measured section", "Bytes that left a bounded cache to make room, in whole chunks."},
 	{"repeated_requests", "count", Lower, false, "open start", "end of the measured section", "Requests made again because the first took long."},
 	{"pull_retries", "count", Lower, false, "open start", "end of the measured section", "Background pulls that failed and were tried again."},
 	{"push_failures", "count", Lower, false, "open start", "end of the measured section", "Background pushes that failed; their chunks stay dirty."},

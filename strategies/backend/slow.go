@@ -59,3 +59,11 @@ func (s *Slow) WriteAt(ctx context.Context, p []byte, off int64) error {
 	}
 	return s.Store.WriteAt(ctx, p, off)
 }
+
+// Trim implements region.Trimmer where the store below does, at no cost.
+func (s *Slow) Trim(ctx context.Context, off, n int64) error {
+	if t, ok := s.Store.(region.Trimmer); ok {
+		return t.Trim(ctx, off, n)
+	}
+	return nil
+}

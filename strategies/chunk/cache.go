@@ -85,6 +85,26 @@ func (m *Memory) View(off, n int64) ([]byte, bool) {
 	return m.mem[off : off+n : off+n], true
 }
 
+// Trim implements region.Trimmer: whole pages are given back and read as zeroes.
+func (m *Memory) Trim(_ context.Context, off, n int64) error {
+	if err := region.CheckRange(off, n, m.size); err != nil {
+		return err
+	}
+	page := region.PageSize()
+	lo, hi := region.RoundUp(off, page), off+n
+	if hi < m.size {
+		hi &^= page - 1
+	}
+	if lo >= hi {
+		return nil
+	}
+	if !m.gate.enter() {
+		return fmt.Errorf("cache: %w", region.ErrClosed)
+	}
+	defer m.gate.leave()
+	return unix.Madvise(m.mem[lo:hi], unix.MADV_DONTNEED)
+}
+
 // Flush does nothing: memory promises nothing.
 func (m *Memory) Flush(context.Context) error { return nil }
 
@@ -148,6 +168,30 @@ func fileError(verb string, n int, off int64, err error) error {
 		err = region.ErrClosed
 	}
 	return fmt.Errorf("%s %d bytes of the cache file at %d: %w", verb, n, off, err)
+}
+
+// Trim implements region.Trimmer: it punches a hole, whole blocks of the file system.
+func (c *File) Trim(_ context.Context, off, n int64) error {
+	if err := region.CheckRange(off, n, c.size); err != nil || n == 0 {
+		return err
+	}
+	return fileError("trim", int(n), off, control(c.f, func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	}))
+}
+
+// control calls f with the file's descriptor, and again where a signal interrupts it.
+func control(f *os.File, call func(fd int) error) error {
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var result error
+	err = rc.Control(func(fd uintptr) {
+		for result = call(int(fd)); errors.Is(result, unix.EINTR); result = call(int(fd)) {
+		}
+	})
+	return errors.Join(err, result)
 }
 
 // Flush does nothing: the cache does not outlive the process.

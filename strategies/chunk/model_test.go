@@ -148,24 +148,37 @@ func (c *conn) Flush(ctx context.Context) error {
 	return c.do(ctx, "remote flush", func() { copy(c.durable, c.content) })
 }
 
+// trimmer is a cache that can be bounded.
+type trimmer interface {
+	region.Store
+	region.Trimmer
+}
+
 // slowCache parks the operations on the cache too, as a disk might.
 type slowCache struct {
-	*Memory
+	trimmer
 	sched *scheduler
+}
+
+func (c slowCache) Trim(ctx context.Context, off, n int64) error {
+	if err := c.sched.park(ctx, fmt.Sprintf("cache trim %d+%d", off, n)); err != nil {
+		return err
+	}
+	return c.trimmer.Trim(ctx, off, n)
 }
 
 func (c slowCache) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := c.sched.park(ctx, fmt.Sprintf("cache read %d+%d", off, len(p))); err != nil {
 		return err
 	}
-	return c.Memory.ReadAt(ctx, p, off)
+	return c.trimmer.ReadAt(ctx, p, off)
 }
 
 func (c slowCache) WriteAt(ctx context.Context, p []byte, off int64) error {
 	if err := c.sched.park(ctx, fmt.Sprintf("cache write %d+%d", off, len(p))); err != nil {
 		return err
 	}
-	err := c.Memory.WriteAt(ctx, p, off)
+	err := c.trimmer.WriteAt(ctx, p, off)
 	if err == nil {
 		err = c.sched.park(ctx, fmt.Sprintf("cache write %d+%d reply", off, len(p)))
 	}
@@ -249,7 +262,8 @@ func TestModel(t *testing.T) {
 		}
 	}
 	t.Logf("%d schedules: %+v", n, c)
-	if c.Reads == 0 || c.Writes == 0 || c.Syncs == 0 || c.Crashes == 0 || c.Hedges == 0 || c.Dropped == 0 || c.Repushed == 0 || c.Retries == 0 {
+	if c.Reads == 0 || c.Writes == 0 || c.Syncs == 0 || c.Crashes == 0 || c.Hedges == 0 || c.Dropped == 0 || c.Repushed == 0 || c.Retries == 0 ||
+		c.Evicted == 0 || c.Drops == 0 {
 		t.Errorf("the schedules missed something")
 	}
 }
@@ -273,7 +287,7 @@ func anyOrder(r *rand.Rand, size int64) order.Order {
 }
 
 type counts struct {
-	Reads, Writes, Syncs, Failed, Crashes, Hedges, Dropped, Repushed, Retries, Steps int64
+	Reads, Writes, Syncs, Failed, Crashes, Hedges, Dropped, Repushed, Retries, Evicted, Drops, Steps int64
 }
 
 func (c *counts) schedule(t *testing.T, seed uint64) {
@@ -288,14 +302,25 @@ func (c *counts) schedule(t *testing.T, seed uint64) {
 	h := &history{}
 	h.finish(h.begin(0, 0, size), nil)
 	sched := &scheduler{}
-	mem, err := NewMemory(size)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer mem.Close()
-	var cache region.Store = mem
+	var limit int64 // of the cache, in bytes
+	cache := func() trimmer {
+		if r.IntN(2) == 0 {
+			m, err := NewMemory(size)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return m
+		}
+		limit = (1 + r.Int64N(4)) * chunk
+		m, err := NewSlots(size, chunk, limit)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m
+	}()
+	defer cache.Close()
 	if r.IntN(2) == 0 {
-		cache = slowCache{mem, sched}
+		cache = slowCache{cache, sched}
 	}
 	var pusher *Pusher
 	opens := 0
@@ -315,6 +340,17 @@ func (c *counts) schedule(t *testing.T, seed uint64) {
 	s, err := NewSyncer(remote, cache, chunk, chunk<<r.IntN(4))
 	if err != nil {
 		t.Fatal(err)
+	}
+	if limit > 0 {
+		if err := s.Bound(limit); err != nil {
+			t.Fatal(err)
+		}
+		if r.IntN(2) == 0 {
+			s.OnDrop(func(off, n int64) error {
+				atomic.AddInt64(&c.Drops, 1)
+				return sched.park(s.ctx, fmt.Sprintf("drop %d+%d", off, n))
+			})
+		}
 	}
 	pusher = StartPusher(s, PushOptions{Workers: r.IntN(4), Interval: time.Duration(r.IntN(100)) * time.Millisecond,
 		SyncWorkers: r.IntN(4), DirtyLimit: int64(r.IntN(3)) * chunk})
@@ -439,6 +475,7 @@ func (c *counts) schedule(t *testing.T, seed uint64) {
 	c.Hedges += s.stats.hedges.Load()
 	c.Dropped += s.stats.droppedBytes.Load()
 	c.Retries += puller.Retries()
+	c.Evicted += s.Evicted() >> s.shift
 	requests, pushed, _ := pusher.Pushed()
 	if requests > 0 && pushed > size {
 		c.Repushed++

@@ -156,7 +156,7 @@ type run struct {
 func (p *Puller) claim(n int64) (runs []run) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for n > 0 {
+	for n > 0 && !p.s.full() { // with a Bound: what is there is of more use than what comes next
 		if p.lo < p.hi {
 			from, to, stamp := p.s.claim(p.lo, p.hi, n, region.Prefetch)
 			if p.lo = to; from < to {

@@ -37,16 +37,15 @@ type PushOptions struct {
 // request that fails leaves its chunks dirty.
 type Pusher struct {
 	*Syncer
-	o         PushOptions
-	pass      chan struct{} // one token: whoever has it makes a pass
-	unflushed *Set          // pushed since the remote store was last flushed
-	lost      atomic.Int64  // how often Lost was called
-	cancel    context.CancelFunc
-	done      chan struct{}
-	kick      chan struct{}
-	urgent    atomic.Int32 // how many wait for a pass with SyncWorkers: a background pass makes way
-	once      sync.Once
-	err       error // of Close
+	o      PushOptions
+	pass   chan struct{} // one token: whoever has it makes a pass
+	lost   atomic.Int64  // how often Lost was called
+	cancel context.CancelFunc
+	done   chan struct{}
+	kick   chan struct{}
+	urgent atomic.Int32 // how many wait for a pass with SyncWorkers: a background pass makes way
+	once   sync.Once
+	err    error // of Close
 
 	requests, bytes, failures atomic.Int64
 }
@@ -66,8 +65,19 @@ func StartPusher(s *Syncer, o PushOptions) *Pusher {
 	}
 	o.SyncWorkers = max(o.SyncWorkers, o.Workers)
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &Pusher{Syncer: s, o: o, pass: make(chan struct{}, 1), unflushed: NewSet(s.n), cancel: cancel,
+	if b := s.bound; b != nil {
+		// Half of the cache stays for reading.
+		if half := max(1, b.limit/2) << s.shift; o.DirtyLimit <= 0 || o.DirtyLimit > half {
+			o.DirtyLimit = half
+		}
+	}
+	p := &Pusher{Syncer: s, o: o, pass: make(chan struct{}, 1), cancel: cancel,
 		done: make(chan struct{}), kick: make(chan struct{}, 1)}
+	if b := s.bound; b != nil {
+		b.mu.Lock()
+		b.clean = p.Flush
+		b.mu.Unlock()
+	}
 	if o.Workers <= 0 {
 		close(p.done)
 		return p
@@ -111,7 +121,8 @@ func (p *Pusher) run(ctx context.Context) {
 }
 
 // WriteAt implements region.Store. Where more than DirtyLimit bytes are dirty
-// it waits until they are pushed; the bytes are in the cache even if that fails.
+// it waits until they are pushed, and with a Bound flushed, since they can leave
+// the cache only then; the bytes are in the cache even if that fails.
 func (p *Pusher) WriteAt(ctx context.Context, b []byte, off int64) error {
 	if err := p.Syncer.WriteAt(ctx, b, off); err != nil {
 		return err
@@ -121,7 +132,7 @@ func (p *Pusher) WriteAt(ctx context.Context, b []byte, off int64) error {
 
 // Full reports whether more than DirtyLimit bytes are dirty.
 func (p *Pusher) Full() bool {
-	n := p.dirty.Count() << p.shift
+	n := p.waiting()
 	if p.o.DirtyLimit <= 0 || n <= p.o.DirtyLimit/2 {
 		return false
 	}
@@ -135,14 +146,29 @@ func (p *Pusher) Full() bool {
 // Throttle pushes until that is not so.
 func (p *Pusher) Throttle(ctx context.Context) error {
 	for p.Full() {
-		p.urgent.Add(1)
-		err := p.push(ctx, p.o.SyncWorkers, nil)
-		p.urgent.Add(-1)
-		if err != nil {
-			return fmt.Errorf("%d bytes are dirty, the limit is %d: %w", p.DirtyBytes(), p.o.DirtyLimit, err)
+		if err := p.drain(ctx); err != nil {
+			return fmt.Errorf("%d bytes wait to be pushed, the limit is %d: %w", p.waiting(), p.o.DirtyLimit, err)
 		}
 	}
 	return nil
+}
+
+// waiting returns the bytes that DirtyLimit is about.
+func (p *Pusher) waiting() int64 {
+	if p.bound == nil {
+		return p.dirty.Count() << p.shift
+	}
+	return p.pending() << p.shift
+}
+
+// drain brings waiting down.
+func (p *Pusher) drain(ctx context.Context) error {
+	if p.bound != nil {
+		return p.Flush(ctx)
+	}
+	p.urgent.Add(1)
+	defer p.urgent.Add(-1)
+	return p.push(ctx, p.o.SyncWorkers, nil)
 }
 
 // Flush is a barrier: when it returns nil, all writes that returned before it
@@ -186,6 +212,8 @@ func (p *Pusher) clean() bool {
 
 // redirty makes all dirty that was pushed since the last flush.
 func (p *Pusher) redirty() {
+	p.moving.Lock() // so that nothing is evicted while it is on its way from one set to the other
+	defer p.moving.Unlock()
 	for at := int64(0); ; {
 		lo, hi, ok := p.unflushed.Next(at, p.n)
 		if !ok {

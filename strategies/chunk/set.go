@@ -40,8 +40,10 @@ func (s *Set) Clear(lo, hi int64) int64 {
 	var removed int64
 	for lo < hi {
 		w, mask := maskOf(lo, hi)
+		if lo = (w + 1) * 64; s.words[w].Load()&mask == 0 {
+			continue // keeps sets of mostly nothing cheap, and their memory untouched
+		}
 		removed += int64(bits.OnesCount64(mask & s.words[w].And(^mask)))
-		lo = (w + 1) * 64
 	}
 	if removed != 0 {
 		s.count.Add(-removed)

@@ -26,14 +26,18 @@ const (
 
 // The word of a chunk: 2 bits of State (Remote to Local), a bit that says that
 // somebody waits for it to become local, one that it was asked for as Demand,
-// and the time when.
+// and the time when. While the chunk is Local the rest has another meaning.
 const (
 	wordState  = 3
 	wordWaited = 4
 	wordDemand = 8
-	stampShift = 4
-	stampMask  = 1<<(32-stampShift) - 1
-	stampUnit  = 16 // log2 of ns: 65.5 us, so that the stamp wraps after 4.9 h
+	// Of a Local chunk, with a Bound:
+	wordTouched = 8  // since it became local or its copies were dropped
+	wordUsed    = 16 // again, since the reclaimer last came by
+	wordPin     = 32 // one read or write that is under way
+	stampShift  = 4
+	stampMask   = 1<<(32-stampShift) - 1
+	stampUnit   = 16 // log2 of ns: 65.5 us, so that the stamp wraps after 4.9 h
 )
 
 // Syncer is a local cache over a remote store: reads pull what the cache lacks,
@@ -43,14 +47,14 @@ const (
 // A write of a whole chunk does not pull it. A write of a part of a chunk that
 // is not local pulls it first. A pull that is overtaken by a write is dropped.
 // Nothing else may write to the remote region meanwhile: a chunk is read from
-// it once, and never again.
+// it once, and again only after it was evicted (Bound).
 //
 // A read of a chunk that was asked for already waits for it; where the request
 // is a long background one, it asks again, for that chunk alone and as Demand,
 // once that is likely to be quicker. Such requests make up at most 1/64 of the bytes.
 //
-// The Syncer has no goroutines of its own but for such repeated requests.
-// Close closes neither store.
+// The Syncer has no goroutines of its own but for such repeated requests and,
+// with a Bound, the reclaimer. Close closes neither store.
 type Syncer struct {
 	grid
 	remote, local region.Store
@@ -59,7 +63,10 @@ type Syncer struct {
 	nLocal        atomic.Int64
 	dirty         *Set
 	pushing       *Set
-	maxExtent     int64 // chunks in one request
+	unflushed     *Set       // pushed since the remote store was last flushed
+	moving        sync.Mutex // held while chunks move from unflushed back to dirty
+	bound         *bound     // nil: the cache may hold the whole region
+	maxExtent     int64      // chunks in one request
 	start         time.Time
 	bufs          sync.Pool
 	waits         [64]waits
@@ -108,7 +115,7 @@ func NewSyncer(remote, local region.Store, chunk, maxExtent int64) (*Syncer, err
 		return nil, fmt.Errorf("cache of %d bytes for a region of %d: %w", local.Size(), remote.Size(), region.ErrMismatch)
 	}
 	s := &Syncer{grid: g, remote: remote, local: local, words: make([]atomic.Uint32, g.n),
-		dirty: NewSet(g.n), pushing: NewSet(g.n), maxExtent: max(1, maxExtent>>g.shift), start: time.Now()}
+		dirty: NewSet(g.n), pushing: NewSet(g.n), unflushed: NewSet(g.n), maxExtent: max(1, maxExtent>>g.shift), start: time.Now()}
 	s.viewer, _ = local.(region.Viewer)
 	for i := range s.waits {
 		s.waits[i].m = map[int64]*wait{}
@@ -173,9 +180,9 @@ func (s *Syncer) check(off, n int64) error {
 	return nil
 }
 
-// View implements region.Viewer: it offers what is local.
+// View implements region.Viewer: it offers what is local and stays so.
 func (s *Syncer) View(off, n int64) ([]byte, bool) {
-	if s.viewer == nil || n <= 0 || s.check(off, n) != nil || !s.present(s.span(off, n)) {
+	if s.viewer == nil || s.bound != nil || n <= 0 || s.check(off, n) != nil || !s.present(s.span(off, n)) {
 		return nil, false
 	}
 	p, ok := s.viewer.View(off, n)
@@ -197,12 +204,28 @@ func (s *Syncer) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := s.check(off, n); err != nil || n == 0 {
 		return err
 	}
-	if lo, hi := s.span(off, n); s.present(lo, hi) {
+	lo, hi := s.span(off, n)
+	if s.present(lo, hi) {
 		s.countLocal(n)
-	} else if err := s.ensure(ctx, lo, hi); err != nil {
-		return err
 	}
-	return s.local.ReadAt(ctx, p, off)
+	for end := off + n; off < end; {
+		i := off >> s.shift
+		j := s.pin(i, hi)
+		if i == j {
+			if err := s.ensure(ctx, i, hi); err != nil {
+				return err
+			}
+			continue
+		}
+		to := min(s.at(j), end)
+		err := s.local.ReadAt(ctx, p[:to-off], off)
+		s.unpin(i, j)
+		if err != nil {
+			return err
+		}
+		p, off = p[to-off:], to
+	}
+	return nil
 }
 
 // WriteAt implements region.Store. It returns when the cache has the bytes.
@@ -219,13 +242,14 @@ func (s *Syncer) WriteAt(ctx context.Context, p []byte, off int64) error {
 		return err
 	}
 	for first := off; off < end; {
-		i, j := off>>s.shift, off>>s.shift
-		for j < hi && State(s.words[j].Load()&wordState) == Local {
-			j++
-		}
+		i := off >> s.shift
+		j := s.pin(i, hi)
 		claimed := j == i
-		for claimed && j < hi && s.whole(j, first, end) && s.claimFill(j) {
-			j++
+		if claimed {
+			var err error
+			if j, err = s.claimWhole(ctx, i, hi, first, end); err != nil {
+				return err
+			}
 		}
 		if i == j { // only partly written and not local, or another is filling it
 			if err := s.ensure(ctx, i, i+1); err != nil {
@@ -242,6 +266,8 @@ func (s *Syncer) WriteAt(ctx context.Context, p []byte, off int64) error {
 		}
 		if claimed {
 			s.publish(i, j, err == nil)
+		} else {
+			s.unpin(i, j)
 		}
 		if err != nil {
 			return fmt.Errorf("write chunk %d at %d: %w", i, off, err)
@@ -249,6 +275,32 @@ func (s *Syncer) WriteAt(ctx context.Context, p []byte, off int64) error {
 		p, off = p[to-off:], to
 	}
 	return nil
+}
+
+// claimWhole makes the chunks from lo on Filling that are not local and that
+// [off, end) covers, up to hi or the first that is not one of them, and returns where that is.
+func (s *Syncer) claimWhole(ctx context.Context, lo, hi, off, end int64) (int64, error) {
+	for hi > lo && !s.whole(hi-1, off, end) {
+		hi--
+	}
+	if hi == lo || !s.whole(lo, off, end) {
+		return lo, nil
+	}
+	rooms, err := s.room(ctx, min(hi-lo, s.maxExtent), true)
+	if err != nil {
+		return lo, err
+	}
+	for hi = min(hi, lo+rooms); lo < hi; lo++ {
+		ok, took := s.claimFill(lo, rooms > 0)
+		if !ok {
+			break
+		}
+		if took {
+			rooms--
+		}
+	}
+	s.leave(rooms)
+	return lo, nil
 }
 
 // pullEdges pulls the first and the last chunk of a write together, where they
@@ -282,24 +334,46 @@ func (s *Syncer) Close() error {
 	s.mu.Unlock()
 	s.cancel()
 	s.hedges.Wait()
+	if s.bound != nil {
+		s.bound.wg.Wait()
+	}
 	return nil
 }
 
 // claim takes the first run of remote chunks in [lo, hi), at most limit long,
-// and makes it Pulling. It returns an empty run where there is none.
+// and makes it Pulling. It returns an empty run at hi where there is none, or no
+// room for it in the cache.
 func (s *Syncer) claim(lo, hi, limit int64, class region.Class) (from, to int64, stamp uint32) {
+	from, to, stamp, _ = s.claimFor(region.WithClass(context.Background(), class), lo, hi, limit, false)
+	return from, to, stamp
+}
+
+// claimFor is claim that, with wait, waits for room and returns ctx's error
+// where that ends first.
+func (s *Syncer) claimFor(ctx context.Context, lo, hi, limit int64, wait bool) (from, to int64, stamp uint32, err error) {
+	for lo < hi && s.words[lo].Load() != 0 {
+		lo++
+	}
+	if lo == hi {
+		return hi, hi, 0, nil
+	}
+	rooms, err := s.room(ctx, min(limit, hi-lo), wait)
+	if rooms == 0 {
+		return hi, hi, 0, err
+	}
 	stamp = s.stamp()
 	pulling := uint32(Pulling) | stamp<<stampShift
-	if class == region.Demand {
+	if region.ClassOf(ctx) == region.Demand {
 		pulling |= wordDemand
 	}
 	for from = lo; from < hi && !s.claimOne(from, pulling); {
 		from++
 	}
-	for to = from; to < hi && to-from < limit && (to == from || s.claimOne(to, pulling)); {
+	for to = from; to < hi && to-from < rooms && (to == from || s.claimOne(to, pulling)); {
 		to++
 	}
-	return from, to, stamp
+	s.leave(rooms - (to - from))
+	return from, to, stamp, nil
 }
 
 func (s *Syncer) claimOne(idx int64, pulling uint32) bool {
@@ -310,20 +384,21 @@ func (s *Syncer) claimOne(idx int64, pulling uint32) bool {
 
 func (s *Syncer) stamp() uint32 { return uint32(time.Since(s.start)>>stampUnit) & stampMask }
 
-// claimFill makes chunk idx Filling if it is Remote or Pulling, for the caller
-// to put bytes in and publish.
+// claimFill makes chunk idx Filling if it is Pulling, or Remote and remote is
+// set, for the caller to put bytes in and publish. took says that it was Remote
+// and now has one of the caller's rooms.
 //
 // A pull may fill a chunk that went from Pulling back to Remote meanwhile
 // (another request for it failed): no write can have been to it, since a chunk
-// that was written is local for ever.
-func (s *Syncer) claimFill(idx int64) bool {
+// that was written stays local while pulls of it are on their way.
+func (s *Syncer) claimFill(idx int64, remote bool) (ok, took bool) {
 	for w := &s.words[idx]; ; {
 		old := w.Load()
-		if State(old&wordState) > Pulling {
-			return false
+		if st := State(old & wordState); st > Pulling || st == Remote && !remote {
+			return false, false
 		}
 		if w.CompareAndSwap(old, uint32(Filling)|old&wordWaited) {
-			return true
+			return true, State(old&wordState) == Remote
 		}
 	}
 }
@@ -340,6 +415,12 @@ func (s *Syncer) publish(lo, hi int64, ok bool) {
 			s.wake(i)
 		}
 	}
+	switch {
+	case !ok:
+		s.leave(hi - lo)
+	case s.bound != nil:
+		s.bound.enqueue(lo, hi)
+	}
 }
 
 // release gives chunks [lo, hi) back that were claimed with stamp and are still Pulling.
@@ -351,6 +432,7 @@ func (s *Syncer) release(lo, hi int64, stamp uint32) {
 				break
 			}
 			if w.CompareAndSwap(old, uint32(Remote)) {
+				s.leave(1)
 				if old&wordWaited != 0 {
 					s.wake(i)
 				}
@@ -370,10 +452,15 @@ func (s *Syncer) wake(idx int64) {
 	}
 }
 
-// ensure returns once chunks [lo, hi) were all local, and pulls those that nobody has asked for.
+// ensure pulls the chunks of [lo, hi) that nobody has asked for, as far as there
+// is room, and returns once the first of them has been local, and without a
+// Bound all of them. It returns the first error.
 func (s *Syncer) ensure(ctx context.Context, lo, hi int64) error {
 	for !s.present(lo, hi) {
-		from, to, stamp := s.claim(lo, hi, s.maxExtent, region.ClassOf(ctx))
+		from, to, stamp, err := s.claimFor(ctx, lo, hi, s.maxExtent, s.State(lo) == Remote)
+		if err != nil {
+			return err
+		}
 		if from == lo && to == hi { // one request is all it takes
 			if err := s.fetch(ctx, lo, hi, stamp); err != nil {
 				return err
@@ -385,16 +472,18 @@ func (s *Syncer) ensure(ctx context.Context, lo, hi int64) error {
 		for from < to {
 			go func(from, to int64, stamp uint32) { errs <- s.fetch(ctx, from, to, stamp) }(from, to, stamp)
 			requests++
-			from, to, stamp = s.claim(to, hi, s.maxExtent, region.ClassOf(ctx))
+			from, to, stamp, _ = s.claimFor(ctx, to, hi, s.maxExtent, false)
 		}
-		var err error
+		if s.bound != nil {
+			hi = lo + 1 // others may be gone again before all have come
+		}
 		for i := lo; i < hi && err == nil; i++ {
 			err = s.await(ctx, i)
 		}
 		for range requests {
 			err = errors.Join(err, <-errs)
 		}
-		if err != nil {
+		if err != nil || s.bound != nil {
 			return err
 		}
 	}
@@ -402,16 +491,21 @@ func (s *Syncer) ensure(ctx context.Context, lo, hi int64) error {
 }
 
 // Pull returns once [off, off+n) was local, and asks for what is missing, as the
-// class of ctx, a few requests at a time. It returns the first error.
+// class of ctx, a few requests at a time. It returns the first error. With a
+// Bound it pulls what there is room for.
 func (s *Syncer) Pull(ctx context.Context, off, n int64) error {
 	if err := s.check(off, n); err != nil || n == 0 {
 		return err
 	}
 	const requests = 8
 	lo, hi := s.span(off, n)
-	for ; lo < hi; lo += requests * s.maxExtent {
-		if err := s.ensure(ctx, lo, min(lo+requests*s.maxExtent, hi)); err != nil {
+	for lo < hi && !s.full() {
+		to := min(lo+requests*s.maxExtent, hi)
+		if err := s.ensure(ctx, lo, to); err != nil {
 			return err
+		}
+		for lo < to && State(s.words[lo].Load()&wordState) == Local {
+			lo++
 		}
 	}
 	return nil
@@ -444,6 +538,9 @@ func (s *Syncer) fetch(ctx context.Context, lo, hi int64, stamp uint32) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(s.ctx, cancel)()
+	if s.bound != nil {
+		defer s.bound.hold(&stretch{lo, hi})()
+	}
 	begun := time.Now()
 	err := s.remote.ReadAt(ctx, (*buf)[:n], s.at(lo))
 	if err == nil {
@@ -489,8 +586,11 @@ func (s *Syncer) fill(ctx context.Context, lo, hi int64, p []byte) error {
 	base := s.at(lo)
 	for i := lo; i < hi; {
 		j := i
-		for j < hi && s.claimFill(j) {
-			j++
+		for ; j < hi; j++ {
+			// One that went back to Remote has given its room back too.
+			if ok, _ := s.claimFill(j, s.bound == nil); !ok {
+				break
+			}
 		}
 		if i == j {
 			s.stats.droppedBytes.Add(s.at(i+1) - s.at(i))

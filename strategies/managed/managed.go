@@ -39,6 +39,9 @@ var (
 // of the default extents, which fills 1 Gbit/s at 64 ms.
 const syncWorkers = 16
 
+// minCacheChunks is the smallest cache: a few requests of a few chunks at once.
+const minCacheChunks = 16
+
 // closeTimeout bounds a Close whose context has no deadline.
 const closeTimeout = time.Minute
 
@@ -53,6 +56,7 @@ func params() []param.Spec {
 		{Name: "window", Kind: param.KindSize, Default: "8MiB", Max: 1 << 30, Doc: "bytes of background pulls in flight; at least bandwidth x RTT fills the link; 0 is pull workers x extent, within a window of the transport that follows the path"},
 		{Name: "push_interval", Kind: param.KindDuration, Default: "1s", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "pause between background pushes"},
 		{Name: "dirty_limit", Kind: param.KindSize, Default: "256MiB", Doc: "bytes that may wait to be pushed before a writer has to; 0 is any"},
+		{Name: "cache", Kind: param.KindSize, Default: "0", Doc: "most bytes that the local cache holds; what was not used for long makes room, what is dirty is pushed first; 0 is the region, else at least 16 chunks"},
 		{Name: "cache_kind", Kind: param.KindEnum, Default: "memory", Values: []string{"memory", "file"}, Doc: "where local chunks are kept"},
 		{Name: "cache_delay", Kind: param.KindDuration, Default: "0s", Max: int64(time.Minute), Doc: "that each access of the cache takes more, to imitate a slow disk"},
 		{Name: "cache_rate", Kind: param.KindSize, Default: "0", Doc: "bytes per second that the cache reads and writes at most, to imitate a slow disk; 0 is any"},
@@ -102,7 +106,11 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		return nil, fmt.Errorf("open the remote region: %w", err)
 	}
 	size := m.remote.Size()
-	if m.cache, err = m.openCache(o, size); err != nil {
+	limit, err := cacheLimit(o, size)
+	if err != nil {
+		return nil, err
+	}
+	if m.cache, err = m.openCache(o, size, limit); err != nil {
 		return nil, err
 	}
 	if delay, rate := p.Duration("cache_delay"), p.Size("cache_rate"); delay > 0 || rate > 0 {
@@ -112,6 +120,11 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	syncer, err := chunk.NewSyncer(m.remote, m.cache, o.Chunk, extent)
 	if err != nil {
 		return nil, err
+	}
+	if limit > 0 {
+		if err := syncer.Bound(limit); err != nil {
+			return nil, err
+		}
 	}
 	m.pusher = chunk.StartPusher(syncer, chunk.PushOptions{
 		Workers: o.PushWorkers, Interval: p.Duration("push_interval"), DirtyLimit: p.Size("dirty_limit"),
@@ -136,6 +149,9 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if name := p.Text("record"); name != "" {
 		m.record, m.recorder = name, order.NewRecorder(m.pusher)
 		front, owner = m.recorder, recordedOwner{m.pusher, m.recorder}
+	}
+	if limit > 0 {
+		front = struct{ region.Store }{front} // it has no views: the device need not look for them
 	}
 	if m.memory != nil {
 		m.memory.Own(owner)
@@ -164,6 +180,9 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if m.puller == nil {
 		pull()
 	}
+	if c, ok := m.dev.(device.Cacher); ok {
+		syncer.OnDrop(c.Invalidate)
+	}
 	m.preemptive = m.pusher.LocalBytes()
 	return m, nil
 }
@@ -179,8 +198,22 @@ func (o recordedOwner) Pull(ctx context.Context, off, n int64) error {
 	return o.Owner.Pull(ctx, off, n)
 }
 
-// openCache makes the cache. With device uffd it is what the workload maps.
-func (m *mount) openCache(o strategies.Options, size int64) (region.Store, error) {
+// cacheLimit returns how many bytes the cache may hold; 0 is all.
+func cacheLimit(o strategies.Options, size int64) (int64, error) {
+	limit := o.Params.Size("cache")
+	switch {
+	case limit == 0 || limit >= size:
+		return 0, nil
+	case limit < minCacheChunks*o.Chunk:
+		return 0, fmt.Errorf("cache of %d bytes: want at least %d chunks of %d bytes, or 0 for all of the region: %w", limit, minCacheChunks, o.Chunk, region.ErrOutOfRange)
+	case o.Device == "uffd":
+		return 0, fmt.Errorf("cache of %d bytes for a region of %d with device uffd, which does not evict yet: %w", limit, size, region.ErrNotSupported)
+	}
+	return limit, nil
+}
+
+// openCache makes the cache, for limit bytes of the region where that is not 0. With device uffd it is what the workload maps.
+func (m *mount) openCache(o strategies.Options, size, limit int64) (region.Store, error) {
 	kind := o.Params.Text("cache_kind")
 	switch {
 	case o.Device == "uffd" && kind != "memory":
@@ -198,6 +231,13 @@ func (m *mount) openCache(o strategies.Options, size int64) (region.Store, error
 			return nil, err
 		}
 		return f, nil
+	}
+	if limit > 0 {
+		slots, err := chunk.NewSlots(size, o.Chunk, limit)
+		if err != nil {
+			return nil, err
+		}
+		return slots, nil
 	}
 	mem, err := chunk.NewMemory(size)
 	if err != nil {
@@ -268,7 +308,7 @@ func (m *mount) Stats() strategies.Stats {
 		PreemptiveBytes: m.preemptive,
 		Extra: map[string]int64{
 			"local_bytes": m.pusher.LocalBytes(), "dirty_bytes": m.pusher.DirtyBytes(),
-			"dropped_pull_bytes": s.DroppedBytes, "repeated_requests": s.Repeated,
+			"dropped_pull_bytes": s.DroppedBytes, "evicted_bytes": m.pusher.Evicted(), "repeated_requests": s.Repeated,
 			"pull_retries": m.puller.Retries(), "push_failures": failures,
 			"device_reads": d.ReadRequests, "device_writes": d.WriteRequests, "device_flushes": d.Flushes, "device_errors": d.Errors,
 		},

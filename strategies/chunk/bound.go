@@ -1,0 +1,425 @@
+package chunk
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"sync"
+	"time"
+
+	"memsync/strategies/region"
+)
+
+// bound keeps a Syncer's cache below a number of chunks.
+//
+// Each chunk that is not Remote holds a room, and so does each chunk that
+// somebody is about to ask for; there are limit rooms. Whoever finds none waits
+// for the reclaimer, which takes chunks out of the cache by CLOCK (a queue with a
+// second chance): the oldest that is Local goes, unless it was used again since
+// the reclaimer last came by, is being read or written, or the source may still
+// lack its bytes. The first use does not count: what is read once, as by a scan, goes first.
+//
+// A chunk that was touched may have copies of its bytes in front of the cache
+// (the kernel's page cache or page tables), whose use the Syncer does not see.
+// Where those can be dropped, the reclaimer drops them first and lets the chunk
+// stay for another round: if it is in use it will be touched again.
+type bound struct {
+	limit int64 // rooms
+	low   int64 // the reclaimer keeps that many free
+
+	mu      sync.Mutex
+	used    int64
+	waiting int           // for a room
+	freed   chan struct{} // closed and replaced when rooms were given back
+	queue   ring          // chunks that are Local, oldest first; without those whose copies are being dropped
+	pulls   []*stretch    // requests on their way: none of their chunks may go
+	err     error         // why the last attempt to make chunks clean failed
+	drop    func(off, n int64) error
+	clean   func(ctx context.Context) error
+
+	kick    chan struct{} // to the reclaimer
+	wg      sync.WaitGroup
+	evicted int64 // chunks
+}
+
+// stretch is chunks [lo, hi).
+type stretch struct{ lo, hi int64 }
+
+// ring is a queue of chunk numbers.
+type ring struct {
+	buf     []int64
+	head, n int
+}
+
+func (r *ring) push(idx int64) {
+	if r.n == len(r.buf) {
+		r.buf = append(slices.Concat(r.buf[r.head:], r.buf[:r.head]), make([]int64, max(64, r.n))...)
+		r.head = 0
+	}
+	r.buf[(r.head+r.n)%len(r.buf)] = idx
+	r.n++
+}
+
+func (r *ring) pop() int64 {
+	idx := r.buf[r.head]
+	r.head = (r.head + 1) % len(r.buf)
+	r.n--
+	return idx
+}
+
+// maxDrops is how many drops of copies may be under way: more than a device has
+// requests, each of which may hold the page that a drop waits for.
+const maxDrops = 128
+
+// Bound limits the cache to that many bytes, rounded down to chunks but at least
+// one, and has to be called before anything else. The cache must be a
+// region.Trimmer. From then on View offers nothing.
+func (s *Syncer) Bound(bytes int64) error {
+	if _, ok := s.local.(region.Trimmer); !ok {
+		return fmt.Errorf("limit a cache that cannot give space back: %w", region.ErrNotSupported)
+	}
+	limit := max(1, bytes>>s.shift)
+	s.maxExtent = max(1, min(s.maxExtent, limit/4))
+	s.bound = &bound{limit: limit, low: min(limit/16, 4*s.maxExtent), freed: make(chan struct{}), kick: make(chan struct{}, 1)}
+	s.bound.wg.Go(s.reclaim)
+	return nil
+}
+
+// OnDrop sets the function that drops the copies of [off, off+n) in front of
+// the Syncer, after having written back what is dirty of them. It may block for
+// requests that the Syncer has under way. It is called by goroutines of the Syncer only.
+func (s *Syncer) OnDrop(drop func(off, n int64) error) {
+	if b := s.bound; b != nil {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.drop = drop
+	}
+}
+
+// Evicted returns how many bytes went out of the cache to make room, rounded up to chunks.
+func (s *Syncer) Evicted() int64 {
+	b := s.bound
+	if b == nil {
+		return 0
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.evicted << s.shift
+}
+
+// room returns from 1 to n rooms and waits for the first. Without wait, it
+// returns 0 where there is none; for a prefetch also where few are left.
+func (s *Syncer) room(ctx context.Context, n int64, wait bool) (int64, error) {
+	b := s.bound
+	if b == nil {
+		return n, nil
+	}
+	for {
+		b.mu.Lock()
+		free := b.limit - b.used
+		if !wait && region.ClassOf(ctx) != region.Demand {
+			free -= b.low
+		}
+		got := min(n, max(0, free))
+		b.used += got
+		freed := b.freed
+		if b.limit-b.used < b.low || got == 0 && wait {
+			b.poke()
+		}
+		if got > 0 || !wait {
+			b.mu.Unlock()
+			return got, nil
+		}
+		b.waiting++
+		b.mu.Unlock()
+		var err error
+		select {
+		case <-freed:
+		case <-ctx.Done():
+			err = ctx.Err()
+		case <-s.ctx.Done():
+			err = region.ErrClosed
+		}
+		b.mu.Lock()
+		b.waiting--
+		if err != nil {
+			err = fmt.Errorf("wait for room in the cache of %d bytes, of which %d wait to be pushed: %w",
+				b.limit<<s.shift, s.pending()<<s.shift, errors.Join(err, b.err))
+		}
+		b.mu.Unlock()
+		if err != nil {
+			return 0, err
+		}
+	}
+}
+
+// full reports whether a prefetch would get no room.
+func (s *Syncer) full() bool {
+	b := s.bound
+	if b == nil {
+		return false
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.limit-b.used <= b.low
+}
+
+// poke wakes the reclaimer.
+func (b *bound) poke() {
+	select {
+	case b.kick <- struct{}{}:
+	default:
+	}
+}
+
+// leave gives n rooms back.
+func (s *Syncer) leave(n int64) {
+	if b := s.bound; b != nil && n > 0 {
+		b.mu.Lock()
+		b.leave(n)
+		b.mu.Unlock()
+	}
+}
+
+func (b *bound) leave(n int64) {
+	b.used -= n
+	if b.waiting > 0 {
+		close(b.freed)
+		b.freed = make(chan struct{})
+	}
+}
+
+// enqueue puts chunks [lo, hi), which have become Local, at the end of the queue.
+func (b *bound) enqueue(lo, hi int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for i := lo; i < hi; i++ {
+		b.queue.push(i)
+	}
+	if b.waiting > 0 {
+		b.poke()
+	}
+}
+
+// hold keeps the chunks of r where they are until release. A chunk that a pull
+// is to fill must not go meanwhile: it might have been written, pushed and evicted,
+// and the pull would bring its older bytes back.
+func (b *bound) hold(r *stretch) (release func()) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.pulls = append(b.pulls, r)
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		i := slices.Index(b.pulls, r)
+		b.pulls = slices.Delete(b.pulls, i, i+1)
+	}
+}
+
+func (b *bound) held(idx int64) bool {
+	return slices.ContainsFunc(b.pulls, func(r *stretch) bool { return r.lo <= idx && idx < r.hi })
+}
+
+// pin keeps the Local chunks from lo on in the cache, up to hi or the first that
+// is not, and returns where that is. Without a limit all that is Local stays anyway.
+func (s *Syncer) pin(lo, hi int64) int64 {
+	if s.bound == nil {
+		for lo < hi && State(s.words[lo].Load()&wordState) == Local {
+			lo++
+		}
+		return lo
+	}
+	for ; lo < hi; lo++ {
+		for w := &s.words[lo]; ; {
+			old := w.Load()
+			if State(old&wordState) != Local {
+				return lo
+			}
+			mark := uint32(wordTouched)
+			if old&wordTouched != 0 {
+				mark = wordUsed
+			}
+			if w.CompareAndSwap(old, (old|mark)+wordPin) {
+				break
+			}
+		}
+	}
+	return hi
+}
+
+func (s *Syncer) unpin(lo, hi int64) {
+	if s.bound == nil {
+		return
+	}
+	for ; lo < hi; lo++ {
+		s.words[lo].Add(math.MaxUint32 - wordPin + 1)
+	}
+}
+
+// pending returns how many chunks cannot go because the source may lack their bytes.
+func (s *Syncer) pending() int64 { return s.dirty.Count() + s.unflushed.Count() }
+
+// reclaim is the reclaimer.
+func (s *Syncer) reclaim() {
+	b := s.bound
+	drops := make(chan struct{}, maxDrops)
+	cleaning := make(chan struct{}, 1)
+	var idle time.Duration // since what is in the queue cannot go now
+	for {
+		var retry <-chan time.Time
+		if idle > 0 {
+			retry = time.After(idle)
+		}
+		select {
+		case <-b.kick:
+		case <-retry:
+		case <-s.ctx.Done():
+			return
+		}
+		idle = 0
+		for fruitless := 0; s.ctx.Err() == nil; {
+			marks := uint32(wordUsed)
+			b.mu.Lock()
+			if b.drop != nil {
+				marks |= wordTouched
+			}
+			want := b.limit-b.used < b.low || b.limit == b.used && b.waiting > 0
+			if !want || fruitless > b.queue.n {
+				if want {
+					idle = time.Millisecond
+				}
+				b.mu.Unlock()
+				break
+			}
+			if b.queue.n == 0 {
+				b.mu.Unlock()
+				break // enqueue pokes
+			}
+			idx := b.queue.pop()
+			drop := b.drop
+			b.mu.Unlock()
+			switch old := s.words[idx].Load(); {
+			case old&marks != 0 && drop != nil && old < wordPin:
+				run := stretch{idx, s.markedRun(idx, marks)}
+				for i := run.lo; i < run.hi; i++ {
+					s.words[i].And(^marks)
+				}
+				select {
+				case drops <- struct{}{}:
+				case <-s.ctx.Done():
+					return
+				}
+				b.wg.Go(func() {
+					// An error is the device's: it is closed, or the kernel has no such pages.
+					_ = drop(s.at(run.lo), s.at(run.hi)-s.at(run.lo))
+					<-drops
+					b.enqueue(run.lo, run.hi)
+					b.poke()
+				})
+				fruitless++
+				continue
+			case old&marks != 0 && drop == nil:
+				s.words[idx].And(^marks)
+			default:
+				gone, unclean := s.evict(idx)
+				if gone {
+					fruitless = 0
+					continue
+				}
+				if unclean {
+					s.makeClean(cleaning)
+				}
+			}
+			fruitless++
+			b.mu.Lock()
+			b.queue.push(idx)
+			b.mu.Unlock()
+		}
+	}
+}
+
+// markedRun takes the chunks that follow idx in the queue, as long as they are its
+// neighbours, marked and not pinned, and returns the end of the run.
+func (s *Syncer) markedRun(idx int64, marks uint32) (hi int64) {
+	b := s.bound
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for hi = idx + 1; b.queue.n > 0 && hi-idx < s.maxExtent; hi++ {
+		next := b.queue.buf[b.queue.head]
+		if w := s.words[min(next, s.n-1)].Load(); next != hi || w&marks == 0 || w >= wordPin {
+			break
+		}
+		b.queue.pop()
+	}
+	return hi
+}
+
+// evict makes chunk idx Remote, unless somebody needs it where it is; unclean
+// says that it would be possible if the source had its bytes.
+func (s *Syncer) evict(idx int64) (gone, unclean bool) {
+	b := s.bound
+	if s.dirty.Has(idx) || s.unflushed.Has(idx) {
+		return false, true
+	}
+	// From here on nobody reads or writes it: they wait until it is Remote.
+	old := s.words[idx].Load()
+	if old&^wordTouched != uint32(Local) || !s.words[idx].CompareAndSwap(old, uint32(Filling)) {
+		return false, false
+	}
+	// Whoever wrote it marked it before that. Chunks move from dirty to
+	// unflushed by marks that overlap, and back only under moving.
+	s.moving.Lock()
+	unclean = s.dirty.Has(idx) || s.unflushed.Has(idx)
+	s.moving.Unlock()
+	b.mu.Lock()
+	gone = !unclean && !b.held(idx)
+	b.mu.Unlock()
+	to := old
+	if gone {
+		off := s.at(idx)
+		gone = s.local.(region.Trimmer).Trim(s.ctx, off, s.at(idx+1)-off) == nil
+	}
+	if gone {
+		to = uint32(Remote)
+		s.nLocal.Add(-1)
+	}
+	if s.words[idx].Swap(to)&wordWaited != 0 {
+		s.wake(idx)
+	}
+	if gone {
+		b.mu.Lock()
+		b.evicted++
+		b.leave(1)
+		b.mu.Unlock()
+	}
+	return gone, unclean
+}
+
+// makeClean has what is dirty pushed and flushed, by one goroutine at a time.
+func (s *Syncer) makeClean(cleaning chan struct{}) {
+	b := s.bound
+	b.mu.Lock()
+	clean := b.clean
+	b.mu.Unlock()
+	if clean == nil {
+		return
+	}
+	select {
+	case cleaning <- struct{}{}:
+	default:
+		return
+	}
+	b.wg.Go(func() {
+		err := clean(s.ctx)
+		b.mu.Lock()
+		b.err = err
+		b.mu.Unlock()
+		if err != nil {
+			sleep(s.ctx, minBackoff) // the reclaimer comes back anyway
+		}
+		<-cleaning
+		b.poke()
+	})
+}
