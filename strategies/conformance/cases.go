@@ -496,7 +496,7 @@ func (s suite) TestMountDeadline(t *testing.T) {
 			t.Errorf("Mount took %v with a deadline of %v", took, d)
 		}
 		if err == nil {
-			closing, cancel := context.WithTimeout(t.Context(), patience)
+			closing, cancel := context.WithTimeout(t.Context(), patience())
 			if err := m.Close(closing); err != nil {
 				t.Errorf("close the mount: %v", err)
 			}

@@ -44,10 +44,18 @@ type Factory struct {
 }
 
 const (
-	patience = 20 * time.Second       // for what must succeed
 	deadline = 300 * time.Millisecond // of what must end by it
 	slack    = 5 * time.Second        // by which it may be late on a busy machine
 )
+
+// patience is for what must succeed: 20 s. CONFORMANCE_PATIENCE=2s is for cases
+// that are known to fail, which would take as long.
+func patience() time.Duration {
+	if d, err := time.ParseDuration(os.Getenv("CONFORMANCE_PATIENCE")); err == nil {
+		return d
+	}
+	return 20 * time.Second
+}
 
 // suite is a Factory; its methods whose names begin with Test are the cases.
 type suite struct{ Factory }
@@ -189,7 +197,7 @@ func (f Factory) listen(t *testing.T, own strategies.Listener, r remote, dir str
 		t.Fatal(err)
 	}
 	end := func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		ctx, cancel := context.WithTimeout(context.Background(), patience())
 		defer cancel()
 		_ = d.Close(ctx) // its store's errors are the case's own
 	}
@@ -334,7 +342,7 @@ func (f Factory) tryMount(t *testing.T, source region.Store, change func(*strate
 	r, stop := f.serve(t, source, top, o.Params)
 	g.stopServer = stop
 	g.stop = append(g.stop, stop)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), patience())
 	defer cancel()
 	m, err := f.Strategy.Mount(ctx, r, o)
 	if err != nil {
@@ -342,7 +350,7 @@ func (f Factory) tryMount(t *testing.T, source region.Store, change func(*strate
 	}
 	g.Mount = m
 	g.stop = append(g.stop, func() { // also after a case that closed it: the second Close
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		ctx, cancel := context.WithTimeout(context.Background(), patience())
 		defer cancel()
 		if err := m.Close(ctx); err != nil && !g.ended {
 			t.Errorf("close the mount: %v", err)
@@ -352,7 +360,7 @@ func (f Factory) tryMount(t *testing.T, source region.Store, change func(*strate
 		return g, err
 	}
 	g.stop = append(g.stop, func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		ctx, cancel := context.WithTimeout(context.Background(), patience())
 		defer cancel()
 		if err := g.toucher.stop(ctx); err != nil && !g.ended {
 			t.Errorf("stop the workload: %v", err)
@@ -417,7 +425,7 @@ func same(got, want []byte, off int64) error {
 }
 
 func within(t *testing.T) context.Context {
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), patience())
 	t.Cleanup(cancel)
 	return ctx
 }
