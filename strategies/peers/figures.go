@@ -1,6 +1,7 @@
 package peers
 
 import (
+	"strings"
 	"time"
 
 	"memsync/results"
@@ -11,49 +12,61 @@ import (
 // the same task, natively (peers) and on the kernel's NBD devices (peers-kernel,
 // for a kernel that has them, such as the lab's).
 func Figures() []scenarios.Figure {
+	rtt := results.Axis{Column: "rtt_ms", Label: "RTT", Unit: "ms", Category: true}
+	access := results.Axis{Column: "access", Label: "Access, RTT 20 ms", Category: true, Categories: []string{"seq", "random"}}
 	return []scenarios.Figure{
 		comparison("peers", "Peers and memsync", []contender{
-			{"userfaultfd-go", "uffd", "userfaultfd-go"},
-			{"userfaultfd", "uffd", "userfaultfd"},
-			{"direct-mount-go-nbd", "fuse", "direct mount, server go-nbd"},
-			{"direct-mount-nbd-server", "fuse", "direct mount, server nbd-server"},
-			{"direct-mount-nbdkit", "fuse", "direct mount, server nbdkit"},
-			{"direct-mount", "fuse", "direct mount"},
-			{"rsync", "", "rsync (download)"},
-			{"nbdcopy", "", "nbdcopy (download)"},
-			{"managed-mount", "fuse", "managed mount"},
-		}, []int{0, 20}),
+			{"userfaultfd-go", "uffd", "userfaultfd-go", nil},
+			{"userfaultfd", "uffd", "userfaultfd", nil},
+			{"userfaultfd", "uffd", "userfaultfd, 64 KiB a fault", []string{"fault_around=64KiB"}},
+			{"direct-mount-go-nbd", "fuse", "direct mount, server go-nbd", nil},
+			{"direct-mount-nbd-server", "fuse", "direct mount, server nbd-server", nil},
+			{"direct-mount-nbdkit", "fuse", "direct mount, server nbdkit", nil},
+			{"direct-mount", "fuse", "direct mount", nil},
+			{"rsync", "", "rsync (download)", nil},
+			{"nbdcopy", "", "nbdcopy (download)", nil},
+			{"managed-mount", "fuse", "managed mount", nil},
+		}, rtt, cond{0, "seq"}, cond{20, "seq"}),
 		comparison("peers-kernel", "Peers and memsync on the kernel's NBD devices", []contender{
-			{"go-nbd", "nbd", "go-nbd"},
-			{"nbd-server", "nbd", "nbd-server"},
-			{"nbdkit", "nbd", "nbdkit"},
-			{"nbd-direct", "nbd", "nbd-direct"},
-			{"direct-mount", "nbd", "direct mount"},
-			{"managed-mount", "nbd", "managed mount"},
-		}, []int{20}),
+			{"go-nbd", "nbd", "go-nbd", nil},
+			{"nbd-server", "nbd", "nbd-server", nil},
+			{"nbdkit", "nbd", "nbdkit", nil},
+			{"nbd-direct", "nbd", "nbd-direct", nil},
+			{"direct-mount", "nbd", "direct mount", nil},
+			{"managed-mount", "nbd", "managed mount", nil},
+		}, access, cond{20, "seq"}, cond{20, "random"}),
 	}
 }
 
-// contender is a series: a strategy on a device.
-type contender struct{ strategy, device, label string }
+// contender is a series: a strategy on a device, with settings.
+type contender struct {
+	strategy, device, label string
+	settings                []string
+}
 
-// comparison is a figure of sequential reads by all contenders at some RTTs in ms,
-// in three pictures. All sources keep the region in a file.
-func comparison(name, title string, all []contender, rtts []int) scenarios.Figure {
+// cond is a point of x.
+type cond struct {
+	ms     int // RTT
+	access string
+}
+
+// comparison is a figure of reads by all contenders under some conditions, in
+// three pictures. All sources keep the region in a file.
+func comparison(name, title string, all []contender, x results.Axis, conds ...cond) scenarios.Figure {
 	picture := func(suffix, what string, y results.Axis, note string) results.FigureSpec {
 		s := results.FigureSpec{
 			Name: name + suffix, Figure: name, Title: title + ": " + what, Kind: results.FigureBar,
-			X: results.Axis{Column: "rtt_ms", Label: "RTT", Unit: "ms", Category: true}, Y: y,
-			Keys: []string{"strategy", "device"}, Note: note,
+			X: x, Y: y,
+			Keys: []string{"strategy", "device", "params.fault_around"}, Note: note,
 		}
 		for _, c := range all {
-			s.Series = append(s.Series, results.FigureSeries{Key: c.strategy + "/" + c.device, Label: c.label})
+			s.Series = append(s.Series, results.FigureSeries{Key: c.strategy + "/" + c.device + "/" + strings.TrimPrefix(strings.Join(c.settings, ""), "fault_around="), Label: c.label})
 		}
 		return s
 	}
 	return scenarios.Figure{
 		Spec: picture("", "rate from open to the last byte", results.Axis{Column: "link_utilisation", Label: "Rate by that of one TCP stream", Log: true},
-			"Sequential read of 64 MiB at 1 Gbit/s, for at most 2 s; opening counts, and so does a download before it."),
+			"Read of 64 MiB, 4 KiB a touch, at 1 Gbit/s, for at most 2 s; opening counts, and so does a download before it."),
 		More: []results.FigureSpec{
 			picture("-throughput", "read throughput", results.Axis{Column: "throughput", Label: "Read throughput", Unit: "MiB/s", Scale: 1.0 / (1 << 20), Log: true},
 				"From the first load to the last byte: what was downloaded before is read from memory."),
@@ -63,11 +76,11 @@ func comparison(name, title string, all []contender, rtts []int) scenarios.Figur
 		Variants: []string{scenarios.Network},
 		Cells: func(_ string, quick bool) []*scenarios.Cell {
 			var cells []*scenarios.Cell
-			for _, ms := range rtts {
+			for _, at := range conds {
 				for _, p := range all {
-					c := &scenarios.Cell{Figure: name, Variant: scenarios.Network, Strategy: p.strategy, Device: p.device, Backend: "file",
+					c := &scenarios.Cell{Figure: name, Variant: scenarios.Network, Strategy: p.strategy, Device: p.device, Backend: "file", Access: at.access, Settings: p.settings,
 						Size: 64 << 20, PullWorkers: -1, PushWorkers: -1, Limit: scenarios.WholeRegion, Budget: 2 * time.Second, Floors: true}
-					c.Link.RTT, c.Link.Rate = time.Duration(ms)*time.Millisecond, scenarios.NetworkRate
+					c.Link.RTT, c.Link.Rate = time.Duration(at.ms)*time.Millisecond, scenarios.NetworkRate
 					if quick {
 						c.Size, c.Budget = 16<<20, time.Second
 					}

@@ -52,8 +52,8 @@ func Params() []param.Spec {
 			Doc: "how long requests wait for a new connection when all are lost; whole seconds; netlink only"},
 		{Name: "nbd_ready", Kind: param.KindEnum, Default: "poll", Values: []string{"poll", "uevent"},
 			Doc: "how to learn that the device is ready: its size in sysfs, or the kernel's uevent"},
-		{Name: "read_ahead", Kind: param.KindSize, Default: "128KiB", Max: 1 << 30,
-			Doc: "window of the kernel's read-ahead"},
+		{Name: "read_ahead", Kind: param.KindSize, Default: "", Max: 1 << 30,
+			Doc: "window of the kernel's read-ahead (default: the kernel's own, 128KiB or more; 0 is none)"},
 	}
 }
 
@@ -278,7 +278,7 @@ func attach(ctx context.Context, conns []net.Conn, e nbd.Export, p param.Values)
 	if err == nil && d.node == nil {
 		d.node, err = os.OpenFile(d.Path(), os.O_RDONLY|syscall.O_CLOEXEC, 0)
 	}
-	if err == nil {
+	if err == nil && p.IsSet("read_ahead") { // else what the kernel derived from the queue's limits
 		sectors := (p.Size("read_ahead") + 511) / 512
 		err = blockIoctl(int(d.node.Fd()), unix.BLKRASET, uintptr(sectors))
 	}
