@@ -4,10 +4,12 @@
 package scenarios
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"hash/fnv"
 	"os"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -15,11 +17,13 @@ import (
 
 	"memsync/netem"
 	"memsync/results"
+	"memsync/scenarios/inputs"
 	"memsync/scenarios/role"
 	"memsync/strategies"
 	"memsync/strategies/all"
 	"memsync/strategies/attach"
 	"memsync/strategies/backend"
+	"memsync/strategies/order"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 )
@@ -44,7 +48,7 @@ type Cell struct {
 	Shaper          netem.Shaper  // "" or "auto": netem, else tun; none for an unshaped link
 	Link            netem.Profile // what the shaper does
 	Size            int64         // bytes; with Input 0 is the file's size
-	Input           string        // a file whose content the region has
+	Input           string        // a file whose content the region has; "made:NAME" as in package inputs, here and in traces
 	Chunk           int64         // bytes; 0 is the strategy's default
 	Op, Access      string        // "" is read, seq
 	Via             string        // "" is map; file, path
@@ -63,6 +67,7 @@ type Cell struct {
 	Strategies strategies.Registry
 
 	kernel   string
+	made     map[string]string // path of each made:NAME in the cell
 	params   param.Values
 	strategy strategies.Strategy
 }
@@ -117,8 +122,14 @@ func (c *Cell) Resolve() error {
 	def(&c.Via, "map")
 	def(&c.Variant, Network)
 	c.Threads = max(c.Threads, 1)
-	if c.Input != "" {
-		fi, err := os.Stat(c.Input)
+	madeErr := c.make()
+	if errors.Is(madeErr, ErrUsage) {
+		return madeErr
+	}
+	if madeErr != nil {
+		c.Size = max(c.Size, 1)
+	} else if c.Input != "" {
+		fi, err := os.Stat(c.real(c.Input))
 		switch {
 		case err != nil:
 			return usage("input: %w", err)
@@ -144,6 +155,11 @@ func (c *Cell) Resolve() error {
 	if err := c.validate(); err != nil {
 		return err
 	}
+	if strings.HasPrefix(c.Access, "trace:") && madeErr == nil {
+		if _, err := role.TracePages(c.real(c.Access), c.Size); err != nil {
+			return usage("%w", err)
+		}
+	}
 	c.kernel = kernelName()
 	deviceErr := c.pickDevice(info)
 	if errors.Is(deviceErr, ErrUsage) {
@@ -151,6 +167,13 @@ func (c *Cell) Resolve() error {
 	}
 	if c.params, err = param.New(all.Specs(st, c.Device, c.Transport), c.Settings); err != nil {
 		return usage("%w", err)
+	}
+	if c.params.Has("order") && madeErr == nil {
+		if spec := c.real(c.params.Text("order")); spec != order.FormatName {
+			if _, err := order.Parse(spec, c.Size, 0); err != nil {
+				return usage("%w", err)
+			}
+		}
 	}
 	if c.direct() && c.Via == "map" {
 		return usage("o_direct goes past the page cache, which a mapping cannot: use --via file or path")
@@ -163,7 +186,7 @@ func (c *Cell) Resolve() error {
 	if c.Op != "read" && !info.Can(strategies.Writes) {
 		opErr = fmt.Errorf("strategy %s does not write back: %w", c.Strategy, region.ErrNotSupported)
 	}
-	return errors.Join(opErr, c.whole(info, program), deviceErr, shaperErr)
+	return errors.Join(opErr, c.whole(info, program), madeErr, deviceErr, shaperErr)
 }
 
 // whole says what a strategy that other programs are part of cannot serve.
@@ -179,6 +202,38 @@ func (c *Cell) whole(info strategies.Info, program bool) error {
 	return nil
 }
 
+// madeName is a name that package inputs knows, within a longer text.
+var madeName = regexp.MustCompile(inputs.Prefix + `[a-z0-9]+(\.[a-z]+)?`)
+
+// make makes the inputs that the cell names, where they are not there yet.
+func (c *Cell) make() error {
+	c.made = map[string]string{}
+	for _, text := range append([]string{c.Input, c.Access}, c.Settings...) {
+		for _, name := range madeName.FindAllString(text, -1) {
+			path, err := inputs.Path(context.Background(), name)
+			switch {
+			case err == nil:
+				c.made[name] = path
+			case !slices.Contains(inputs.Names(), name):
+				return usage("%w", err)
+			default:
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// real returns text with the paths of what was made.
+func (c *Cell) real(text string) string {
+	return madeName.ReplaceAllStringFunc(text, func(name string) string {
+		if path, ok := c.made[name]; ok {
+			return path
+		}
+		return name
+	})
+}
+
 func (c *Cell) validate() error {
 	if c.Size < 1 {
 		return usage("size %d: a region has at least 1 byte", c.Size)
@@ -189,7 +244,7 @@ func (c *Cell) validate() error {
 	if !slices.Contains(Ops(), c.Op) {
 		return usage("unknown operation %q; valid: %s", c.Op, strings.Join(Ops(), ", "))
 	}
-	if err := role.CheckAccess(c.Access); err != nil {
+	if err := role.CheckAccess(c.Access, c.Threads); err != nil {
 		return usage("%w", err)
 	}
 	if !slices.Contains([]string{"map", "file", "path"}, c.Via) {
@@ -369,10 +424,14 @@ func (c *Cell) Key() string {
 
 // setup is what the roles must know of the cell.
 func (c *Cell) setup(seed uint64, dir string) role.Setup {
+	settings := c.params.Settings()
+	for i, kv := range settings {
+		settings[i] = c.real(kv)
+	}
 	return role.Setup{
 		Strategy: c.Strategy, Device: c.Device, Transport: c.Transport,
-		Backend: backend.Spec{Backend: c.Backend, Size: c.Size, Content: region.Content{Seed: seed}, Input: c.Input},
-		Chunk:   c.Chunk, PullWorkers: c.PullWorkers, PushWorkers: c.PushWorkers, Settings: c.params.Settings(),
+		Backend: backend.Spec{Backend: c.Backend, Size: c.Size, Content: region.Content{Seed: seed}, Input: c.real(c.Input)},
+		Chunk:   c.Chunk, PullWorkers: c.PullWorkers, PushWorkers: c.PushWorkers, Settings: settings,
 		ReadOnly: c.Op == "read", Dir: dir,
 	}
 }
@@ -380,8 +439,8 @@ func (c *Cell) setup(seed uint64, dir string) role.Setup {
 // work is what the workload does.
 func (c *Cell) work(seed uint64) role.Work {
 	return role.Work{
-		Op: c.Op, Access: c.Access, Threads: c.Threads, Think: c.Think, Limit: c.Limit, Budget: c.Budget, Seed: seed,
-		Size: c.Size, Content: region.Content{Seed: seed}, Input: c.Input, Via: c.Via, Advice: c.advice(), Direct: c.direct(),
+		Op: c.Op, Access: c.real(c.Access), Threads: c.Threads, Think: c.Think, Limit: c.Limit, Budget: c.Budget, Seed: seed,
+		Size: c.Size, Content: region.Content{Seed: seed}, Input: c.real(c.Input), Via: c.Via, Advice: c.advice(), Direct: c.direct(),
 	}
 }
 

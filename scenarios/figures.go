@@ -28,6 +28,7 @@ func Figures() []Figure {
 		thesisFigures(),
 		linkFigures(),
 		collectorFigures(),
+		pullFigures(),
 	)
 }
 

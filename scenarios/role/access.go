@@ -7,18 +7,54 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+
+	"memsync/strategies/order"
 )
 
-// Accesses lists the access patterns.
+// Accesses lists the access patterns, but for traces.
 func Accesses() []string { return []string{"seq", "random", "reverse", "zipf"} }
 
-// CheckAccess returns an error that lists the valid patterns unless name is one.
-func CheckAccess(name string) error {
+// tracePrefix begins the access pattern "trace:FILE": the pages of a trace
+// (docs/pull-order.md), in its order, as fast as they come.
+const tracePrefix = "trace:"
+
+// CheckAccess returns an error that lists the valid patterns unless name is one
+// that threads threads can follow. It opens no file.
+func CheckAccess(name string, threads int) error {
+	if file, ok := strings.CutPrefix(name, tracePrefix); ok && file != "" {
+		if threads > 1 {
+			return fmt.Errorf("access pattern %s with %d threads: a trace is one thread's", name, threads)
+		}
+		return nil
+	}
 	if slices.Contains(Accesses(), name) {
 		return nil
 	}
-	return fmt.Errorf("unknown access pattern %q; valid: %s", name, strings.Join(Accesses(), ", "))
+	return fmt.Errorf("unknown access pattern %q; valid: %s, trace:FILE", name, strings.Join(Accesses(), ", "))
 }
+
+// TracePages returns the pages that an access pattern "trace:FILE" visits in a
+// region of size bytes; a page may stand there often. The error of a bad file
+// names file and line.
+func TracePages(access string, size int64) ([]int64, error) {
+	entries, err := order.ReadFile(strings.TrimPrefix(access, tracePrefix), size, order.ParseTrace)
+	if err != nil {
+		return nil, err
+	}
+	var pages []int64
+	for _, e := range entries {
+		for p := e.Off / page; p*page < e.End; p++ {
+			if len(pages) == maxTracePages {
+				return nil, fmt.Errorf("access pattern %s: more than %d pages", access, maxTracePages)
+			}
+			pages = append(pages, p)
+		}
+	}
+	return pages, nil
+}
+
+// maxTracePages bounds the memory of a trace: 128 MiB.
+const maxTracePages = 16 << 20
 
 // sequence gives the pages that one thread visits, in order: pages [first,
 // first+n) of the region. It is a pure function of its fields, so that the
@@ -32,6 +68,7 @@ type sequence struct {
 	first, n int64
 	a, c     int64 // random: page i is (a*i + c) mod n
 	zipf     *zipf
+	pages    []int64 // of a trace
 	i        int64
 }
 
@@ -75,6 +112,9 @@ func (s *sequence) next() (page int64, ok bool) {
 	}
 	i := s.i
 	s.i++
+	if s.pages != nil {
+		return s.pages[i], true
+	}
 	switch s.access {
 	case "reverse":
 		i = s.n - 1 - i

@@ -3,7 +3,10 @@ package role
 import (
 	"math"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 )
 
@@ -153,7 +156,11 @@ func TestSequencesCover(t *testing.T) {
 		for _, threads := range []int{1, 3, 8} {
 			w := Work{Access: access, Threads: threads, Size: 5*page + 1, Seed: 5}
 			var all []int64
-			for _, s := range w.sequences() {
+			seqs, err := w.sequences()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, s := range seqs {
 				all = append(all, visits(s)...)
 			}
 			slices.Sort(all)
@@ -169,12 +176,40 @@ func TestSequencesCover(t *testing.T) {
 }
 
 func TestCheckAccess(t *testing.T) {
-	for _, a := range Accesses() {
-		if err := CheckAccess(a); err != nil {
+	for _, a := range append(Accesses(), "trace:x") {
+		if err := CheckAccess(a, 1); err != nil {
 			t.Error(err)
 		}
 	}
-	if err := CheckAccess("sideways"); err == nil || err.Error() != `unknown access pattern "sideways"; valid: seq, random, reverse, zipf` {
+	if err := CheckAccess("zipf", 4); err != nil {
 		t.Error(err)
+	}
+	if err := CheckAccess("trace:x", 2); err == nil {
+		t.Error("a trace has one thread")
+	}
+	for _, bad := range []string{"sideways", "trace:", "trace"} {
+		if err := CheckAccess(bad, 1); err == nil || !strings.HasSuffix(err.Error(), `; valid: seq, random, reverse, zipf, trace:FILE`) {
+			t.Errorf("CheckAccess(%q) = %v", bad, err)
+		}
+	}
+}
+
+// TestTracePages: a trace visits the pages that its ranges touch, again and again if it says so.
+func TestTracePages(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "trace")
+	if err := os.WriteFile(file, []byte("8192 1\n4095 2 # two pages\n0 12288\n8192 5\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w := Work{Access: "trace:" + file, Size: 12288 + 5, Threads: 1}
+	s, err := w.sequences()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := visits(s[0]), []int64{2, 0, 1, 0, 1, 2, 2}; !slices.Equal(got, want) {
+		t.Errorf("visits %v, want %v", got, want)
+	}
+	w.Size = 8192
+	if _, err := w.sequences(); err == nil || !strings.Contains(err.Error(), file+": line 1") {
+		t.Errorf("a trace of a larger region: %v", err)
 	}
 }

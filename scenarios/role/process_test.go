@@ -148,7 +148,11 @@ func TestVerifyStore(t *testing.T) {
 			defer s.Close()
 			args := verifyArgs{Work: w, Touched: Touched{Ops: []int64{3, 2, 4}}}
 			p := make([]byte, page)
-			for i, seq := range w.sequences() {
+			seqs, err := w.sequences()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for i, seq := range seqs {
 				for k := range args.Touched.Ops[i] {
 					pg, _ := seq.next()
 					off, n := w.pageRange(pg)

@@ -186,7 +186,11 @@ func verifyStore(ctx context.Context, s region.Store, a verifyArgs) (v Verified,
 		defer in.Close()
 	}
 	wrote := make([]bool, region.Chunks(k.Size, page))
-	for t, seq := range k.sequences() {
+	seqs, err := k.sequences()
+	if err != nil {
+		return v, err
+	}
+	for t, seq := range seqs {
 		for i := int64(0); i < a.Touched.Ops[t]; i++ {
 			p, _ := seq.next()
 			wrote[p] = wrote[p] || k.writes(i)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 
@@ -60,14 +61,18 @@ func (w Work) written() region.Content {
 }
 
 // sequences returns each thread's order of pages.
-func (w Work) sequences() []*sequence {
+func (w Work) sequences() ([]*sequence, error) {
+	if strings.HasPrefix(w.Access, tracePrefix) {
+		pages, err := TracePages(w.Access, w.Size)
+		return []*sequence{{access: w.Access, n: int64(len(pages)), pages: pages}}, err
+	}
 	pages := region.Chunks(w.Size, page)
 	s := make([]*sequence, w.Threads)
 	for t := range s {
 		first, n := split(pages, t, w.Threads)
 		s[t] = newSequence(w.Access, first, n, w.Seed+uint64(t))
 	}
-	return s
+	return s, nil
 }
 
 // writes reports whether a thread's i-th touch is a store.
@@ -92,6 +97,7 @@ func (w Work) expect(in *os.File, buf []byte, off int64) error {
 type workload struct {
 	view *attach.View
 	work Work
+	seqs []*sequence // the threads'
 	in   *os.File
 	// buf is where what is read goes, page p at p*page; out is what is written.
 	buf, out []byte
@@ -131,13 +137,16 @@ func (w *workload) prepare(_ context.Context, work Work) (none, error) {
 		}
 		w.in = in
 	}
+	var err error
+	if w.seqs, err = work.sequences(); err != nil {
+		return none{}, err
+	}
 	pages := region.Chunks(work.Size, page)
 	w.seen, w.wrote = make([]byte, pages), make([]byte, pages)
 	touched := work.Size
 	if work.Limit >= 0 && work.Access == "seq" && work.Threads == 1 {
 		touched = min(work.Size, max(work.Limit, 2*page))
 	}
-	var err error
 	// Only what will be touched is populated; the rest is address space.
 	if w.buf, err = anonymous(work.Size, unix.MAP_NORESERVE); err != nil {
 		return none{}, err
@@ -212,7 +221,7 @@ func (w *workload) run(ctx context.Context, _ none) (Touched, error) {
 	}
 	parts := make([]part, k.Threads)
 	var wg sync.WaitGroup
-	for i, seq := range k.sequences() {
+	for i, seq := range w.seqs {
 		limit := seq.n
 		if k.Limit >= 0 {
 			_, limit = split(min(region.Chunks(k.Limit, page), region.Chunks(k.Size, page)), i, k.Threads)

@@ -1,0 +1,257 @@
+// Package inputs makes files as real programs write them, and traces of what
+// real programs read of them, for figures about formats. A name such as
+// "made:sqlite" stands for the file, "made:sqlite.trace" for what a program
+// reads of it. They are made once and kept in the user's cache folder.
+package inputs
+
+import (
+	"archive/zip"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"memsync/strategies/backend"
+	"memsync/strategies/device"
+	"memsync/strategies/order"
+	"memsync/strategies/param"
+	"memsync/strategies/region"
+)
+
+// Prefix begins the names.
+const Prefix = "made:"
+
+// version is raised when what is made changes.
+const version = "1"
+
+// size is about how large the files are, bytes.
+const size = 64 << 20
+
+// Input is a file that can be made, and programs that read it.
+type Input struct {
+	Name string
+	Doc  string // one line: what it is and what the program does
+	tool string // what must be installed, beside what the programs need
+	pkg  string // Debian's package of it
+	make func(ctx context.Context, dir, file string) error
+	// read returns the program that reads the file, and its standard input. The
+	// variant 0 makes NAME.trace, 1 NAME.other: the same kind of work on other parts.
+	read func(file string, variant uint64) (argv []string, stdin string)
+}
+
+// All lists the inputs.
+func All() []Input {
+	return []Input{
+		{"sqlite", "a table of 180,000 rows with an index; sqlite3 looks up 20 of them by the index", "sqlite3", "sqlite3", makeSQLite, readSQLite},
+		{"zip", "an archive of 16,000 members; unzip prints one", "unzip", "unzip", makeZip, readZip},
+		{"ext4", "a file system of 400 folders; debugfs lists 40 of them and reads a file in each", "debugfs", "e2fsprogs", makeExt4, readExt4},
+		{"mp4", "a film whose index is at the end; ffmpeg decodes its first second", "ffmpeg", "ffmpeg", makeMP4, readMP4},
+	}
+}
+
+// Names lists all names that Path knows.
+func Names() []string {
+	var names []string
+	for _, in := range All() {
+		names = append(names, Prefix+in.Name, Prefix+in.Name+".trace", Prefix+in.Name+".other")
+	}
+	return names
+}
+
+// Path returns the path of what name stands for, and makes it where it is not
+// there yet, which takes seconds, and for traces a FUSE mount. A tool that is not
+// installed gives region.ErrNotSupported, and an unknown name an error that lists the valid ones.
+func Path(ctx context.Context, name string) (string, error) {
+	base, suffix, _ := strings.Cut(strings.TrimPrefix(name, Prefix), ".")
+	all := All()
+	i := slices.IndexFunc(all, func(in Input) bool { return in.Name == base })
+	if i < 0 || !slices.Contains(Names(), name) {
+		return "", fmt.Errorf("unknown input %q; valid: %s", name, strings.Join(Names(), ", "))
+	}
+	in := all[i]
+	dir, err := os.UserCacheDir()
+	if err != nil {
+		dir = os.TempDir()
+	}
+	dir = filepath.Join(dir, "memsync-inputs", version)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", fmt.Errorf("input %s: %w", name, err)
+	}
+	path := filepath.Join(dir, strings.TrimPrefix(name, Prefix))
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	if _, err := exec.LookPath(in.tool); err != nil {
+		return "", fmt.Errorf("input %s: %s is missing, apt-get install %s: %w", name, in.tool, in.pkg, region.ErrNotSupported)
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	scratch, err := os.MkdirTemp(dir, "new-")
+	if err != nil {
+		return "", fmt.Errorf("input %s: %w", name, err)
+	}
+	defer os.RemoveAll(scratch)
+	aside := filepath.Join(scratch, "file")
+	if suffix == "" {
+		err = in.make(ctx, scratch, aside)
+	} else {
+		var file string
+		if file, err = Path(ctx, Prefix+base); err == nil {
+			err = record(ctx, in, file, scratch, aside, map[string]uint64{"trace": 0, "other": 1}[suffix])
+		}
+	}
+	if err == nil {
+		err = os.Rename(aside, path)
+	}
+	if err != nil {
+		return "", fmt.Errorf("make input %s: %w", name, err)
+	}
+	return path, nil
+}
+
+// record runs the program on the file behind a FUSE mount, and saves what it
+// reads. The program is another process: this one does not touch the mount.
+func record(ctx context.Context, in Input, file, dir, out string, variant uint64) (err error) {
+	fi, err := os.Stat(file)
+	if err != nil {
+		return err
+	}
+	store, err := backend.Open(backend.Spec{Backend: "memory", Size: fi.Size(), Input: file}, dir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	recorder := order.NewRecorder(store)
+	// Without read-ahead a trace has what the program asked for.
+	p, err := param.New(device.Params("fuse"), []string{"read_ahead=0"})
+	if err != nil {
+		return err
+	}
+	dev, err := device.Open(ctx, "fuse", recorder, device.Options{Dir: dir, Chunk: 4096, ReadOnly: true, Params: p})
+	if err != nil {
+		return err
+	}
+	argv, stdin := in.read(dev.Path(), variant)
+	_, err = run(ctx, dir, stdin, argv...)
+	if err = errors.Join(err, dev.Close(ctx)); err != nil {
+		return err
+	}
+	return recorder.Save(out)
+}
+
+// run runs a program in dir and returns its standard output.
+func run(ctx context.Context, dir, stdin string, argv ...string) (string, error) {
+	c := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	c.Dir, c.Stdin, c.WaitDelay = dir, strings.NewReader(stdin), time.Second
+	var stderr strings.Builder
+	c.Stderr = &stderr
+	out, err := c.Output()
+	if errors.Is(err, exec.ErrNotFound) {
+		return "", fmt.Errorf("%s is missing: %w", argv[0], region.ErrNotSupported)
+	}
+	if err != nil {
+		return "", fmt.Errorf("%s: %w: %.500s", argv[0], err, stderr.String())
+	}
+	return string(out), nil
+}
+
+const sqliteRows = 180_000
+
+// sqliteKey scatters the rows over the index, as the SQL does.
+func sqliteKey(id uint64) string { return fmt.Sprintf("%08x", id*2654435761%4294967296) }
+
+func makeSQLite(ctx context.Context, dir, file string) error {
+	_, err := run(ctx, dir, fmt.Sprintf(`pragma journal_mode=off; pragma synchronous=off;
+create table t(id integer primary key, k text, v text);
+with recursive c(x) as (select 1 union all select x+1 from c where x<%d)
+insert into t select x, printf('%%08x', x*2654435761 %% 4294967296), printf('%%0300d', x) from c;
+create index tk on t(k);`, sqliteRows), "sqlite3", file)
+	return err
+}
+
+func readSQLite(file string, variant uint64) ([]string, string) {
+	r := rand.New(rand.NewPCG(variant, 1))
+	var sql strings.Builder
+	for range 20 {
+		fmt.Fprintf(&sql, "select v from t where k='%s';\n", sqliteKey(1+r.Uint64N(sqliteRows)))
+	}
+	return []string{"sqlite3", "file:" + file + "?immutable=1"}, sql.String()
+}
+
+const zipMembers = 16_000
+
+func makeZip(_ context.Context, _, file string) (err error) {
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	w := zip.NewWriter(f)
+	r := rand.NewChaCha8([32]byte{1}) // does not compress
+	for i := range zipMembers {
+		e, err := w.Create(fmt.Sprintf("library/part%03d/file%05d.dat", i/100, i))
+		if err != nil {
+			return err
+		}
+		if _, err := io.CopyN(e, r, size/zipMembers); err != nil {
+			return err
+		}
+	}
+	return w.Close()
+}
+
+func readZip(file string, variant uint64) ([]string, string) {
+	i := 9000 + 3000*variant
+	return []string{"unzip", "-p", file, fmt.Sprintf("library/part%03d/file%05d.dat", i/100, i)}, ""
+}
+
+const (
+	ext4Folders = 400
+	ext4Files   = 30
+)
+
+func makeExt4(ctx context.Context, dir, file string) error {
+	for i := range ext4Folders {
+		folder := filepath.Join(dir, "tree", fmt.Sprintf("folder%03d", i))
+		if err := os.MkdirAll(folder, 0o755); err != nil {
+			return err
+		}
+		for j := range ext4Files {
+			if err := os.WriteFile(filepath.Join(folder, fmt.Sprintf("file%02d", j)), make([]byte, 4000), 0o644); err != nil {
+				return err
+			}
+		}
+	}
+	_, err := run(ctx, dir, "", "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-d", filepath.Join(dir, "tree"), file, "96m")
+	return err
+}
+
+func readExt4(file string, variant uint64) ([]string, string) {
+	r := rand.New(rand.NewPCG(variant, 2))
+	var commands strings.Builder
+	for range 40 {
+		f := r.IntN(ext4Folders)
+		fmt.Fprintf(&commands, "ls -l /folder%03d\ncat /folder%03d/file%02d\n", f, f, r.IntN(ext4Files))
+	}
+	return []string{"debugfs", "-f", "-", file}, commands.String()
+}
+
+func makeMP4(ctx context.Context, dir, file string) error {
+	made := filepath.Join(dir, "film.mp4")
+	if _, err := run(ctx, dir, "", "ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc2=duration=40:size=1280x720",
+		"-c:v", "mpeg4", "-b:v", "13M", "-minrate", "13M", "-maxrate", "13M", "-bufsize", "2M", made); err != nil {
+		return err
+	}
+	return os.Rename(made, file)
+}
+
+func readMP4(file string, variant uint64) ([]string, string) {
+	return []string{"ffmpeg", "-v", "error", "-f", "mp4", "-ss", fmt.Sprint(15 * variant), "-i", file, "-t", "1", "-f", "null", "-"}, ""
+}
