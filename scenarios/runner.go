@@ -102,9 +102,8 @@ type Runner struct {
 	// Log gets a line for what the reader of a progress bar should know; may be nil.
 	Log func(format string, args ...any)
 
-	links   map[linkKey]*link
-	floors  map[floorKey][]float64 // floor_tcp, B/s
-	touched bool
+	links  map[linkKey]*link
+	floors map[floorKey][]float64 // floor_tcp, B/s
 }
 
 type linkKey struct {
@@ -207,18 +206,29 @@ func (c *Cell) linkKey() linkKey {
 	return k
 }
 
-// touchMemory makes the kernel back the memory that runs will need: the first
-// touch of a virtual machine's memory costs several times more than later ones.
-func (r *Runner) touchMemory(size int64) error {
-	if r.touched {
-		return nil
-	}
-	r.touched = true
-	m, err := unix.Mmap(-1, 0, int(min(4*size, 2<<30)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+// touchedMemory is the most that is touched before a run, in bytes.
+const touchedMemory = 1 << 30
+
+// touchMemory makes sure that memory which the kernel has free is there: a virtual
+// machine gives free memory back to its host within seconds (free page reporting
+// of its balloon), and then the first touch of a huge page costs ten times
+// more: 1.4 s for 512 MiB, against 0.13 s. So this goes before each run: twice the
+// region, for a cache and the kernel's page cache.
+func (r *run) touchMemory() error {
+	defer r.yardstick()()
+	m, err := unix.Mmap(-1, 0, int(min(2*r.cell.Size, touchedMemory)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
 		return fmt.Errorf("touch the memory budget: %w", err)
 	}
-	return unix.Munmap(m)
+	_ = unix.Madvise(m, unix.MADV_HUGEPAGE) // as the caches do; no matter if refused
+	err = unix.Madvise(m, unix.MADV_POPULATE_WRITE)
+	if errors.Is(err, unix.ENOMEM) {
+		err = nil // what there is has been touched
+	}
+	if err = errors.Join(err, unix.Munmap(m)); err != nil {
+		return fmt.Errorf("touch the memory budget: %w", err)
+	}
+	return nil
 }
 
 // margin is what a run may take beyond its time budget before it counts as hung.
@@ -238,9 +248,6 @@ func (r *Runner) Run(ctx context.Context, it Item) (o Outcome) {
 		o.Status = o.status(ctx)
 	}()
 	if o.Err = it.Cell.Missing; o.Err != nil {
-		return o
-	}
-	if o.Err = r.touchMemory(it.Cell.Size); o.Err != nil {
 		return o
 	}
 	l, err := r.link(ctx, it.Cell)
@@ -511,6 +518,9 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	}
 	mount.Source = at.Region
 	if err := r.floorTCP(ctx, at.Yard); err != nil {
+		return err
+	}
+	if err := r.touchMemory(); err != nil {
 		return err
 	}
 	var wire netem.Counters

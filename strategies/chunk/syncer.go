@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -69,6 +70,7 @@ type Syncer struct {
 	maxExtent     int64      // chunks in one request
 	start         time.Time
 	bufs          sync.Pool
+	copying       chan struct{} // a token for each background request that copies into memory
 	waits         [64]waits
 
 	demandTime, prefetchTime atomic.Int64 // how long requests take, ns; 0: none yet
@@ -117,6 +119,10 @@ func NewSyncer(remote, local region.Store, chunk, maxExtent int64) (*Syncer, err
 	s := &Syncer{grid: g, remote: remote, local: local, words: make([]atomic.Uint32, g.n),
 		dirty: NewSet(g.n), pushing: NewSet(g.n), unflushed: NewSet(g.n), maxExtent: max(1, maxExtent>>g.shift), start: time.Now()}
 	s.viewer, _ = local.(region.Viewer)
+	// Copying into memory takes a processor, and for long where its pages are
+	// touched for the first time. One is left for requests that somebody waits for:
+	// they would stand behind all copies in the scheduler's queue.
+	s.copying = make(chan struct{}, max(1, runtime.GOMAXPROCS(0)-1))
 	for i := range s.waits {
 		s.waits[i].m = map[int64]*wait{}
 	}
@@ -551,7 +557,13 @@ func (s *Syncer) fetch(ctx context.Context, lo, hi int64, stamp uint32) error {
 		observe(recent, time.Since(begun))
 		requests.Add(1)
 		bytes.Add(n)
-		err = s.fill(ctx, lo, hi, (*buf)[:n])
+		if s.viewer != nil && region.ClassOf(ctx) != region.Demand {
+			s.copying <- struct{}{}
+			err = s.fill(ctx, lo, hi, (*buf)[:n])
+			<-s.copying
+		} else {
+			err = s.fill(ctx, lo, hi, (*buf)[:n])
+		}
 	}
 	if err != nil {
 		s.release(lo, hi, stamp)
