@@ -87,6 +87,7 @@ var metrics = [...]Metric{
 	{"fault_errors", "count", Lower, false, "open start", "end of the measured section", "Reads of the source that failed while a fault waited."},
 	{"device_reads", "count", Neither, false, "open start", "end of the measured section", "Read requests that the device served."},
 	{"device_writes", "count", Neither, false, "open start", "end of the measured section", "Write requests that the device served."},
+	{"reconnects", "count", Lower, false, "open start", "end of the measured section", "Connections to the source that took the place of lost ones."},
 	{"device_flushes", "count", Neither, false, "open start", "end of the measured section", "Flush requests that the device served."},
 	{"device_interrupts", "count", Neither, false, "open start", "end of the measured section", "Signals that reached a thread of the workload as it waited for the device."},
 	{"device_errors", "count", Lower, false, "open start", "end of the measured section", "Requests of the device that ended in an error."},

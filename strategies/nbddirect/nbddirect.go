@@ -85,14 +85,22 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if err != nil {
 		return nil, err
 	}
-	size := e.Size
+	size, name := e.Size, exportName
 	if size%512 != 0 {
 		closeAll(conns)
-		if conns, e, err = connect(ctx, r, n, wholeSectors+exportName); err != nil {
+		name = wholeSectors + exportName
+		if conns, e, err = connect(ctx, r, n, name); err != nil {
 			return nil, err
 		}
 	}
-	d, err := nbdk.Connect(ctx, conns, e, nbdk.Options{ReadOnly: o.ReadOnly, Params: o.Params})
+	redial := func(ctx context.Context) (net.Conn, nbd.Export, error) {
+		conns, e, err := connect(ctx, r, 1, name)
+		if err != nil {
+			return nil, e, err
+		}
+		return conns[0], e, nil
+	}
+	d, err := nbdk.Connect(ctx, conns, e, nbdk.Options{ReadOnly: o.ReadOnly, Params: o.Params, Redial: redial})
 	if err != nil {
 		return nil, err
 	}
@@ -180,9 +188,12 @@ func (m *mount) Stats() strategies.Stats {
 	s := m.dev.Stats()
 	return strategies.Stats{
 		DemandRequests: s.ReadRequests, DemandBytes: s.ReadBytes, PushRequests: s.WriteRequests, PushBytes: s.WriteBytes,
-		Extra: map[string]int64{"device_flushes": s.Flushes},
+		Extra: map[string]int64{"device_flushes": s.Flushes, "reconnects": m.dev.Reconnects()},
 	}
 }
+
+// Err is the latest trouble with the connections to the source.
+func (m *mount) Err() error { return m.dev.Err() }
 
 // Close writes back, flushes the source and detaches the device.
 func (m *mount) Close(ctx context.Context) error {

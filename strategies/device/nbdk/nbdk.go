@@ -43,15 +43,21 @@ import (
 func Params() []param.Spec {
 	return []param.Spec{
 		{Name: "nbd_setup", Kind: param.KindEnum, Default: "auto", Values: []string{"auto", "netlink", "ioctl"},
-			Doc: "how the kernel is told; auto is ioctl, unless nbd_dead_timeout is set or all devices are in use: requests in flight end at once when the daemon is killed, by netlink (first network namespace only) after nbd_timeout"},
+			Doc: "how the kernel is told; auto is netlink (first network namespace only) where lost connections can be replaced (nbd-direct, nbd_dead_timeout above 0) or all devices are in use, else ioctl: requests in flight end at once when the daemon is killed, by netlink after nbd_timeout"},
 		{Name: "nbd_connections", Kind: param.KindInt, Default: "4", Min: 1, Max: 16,
 			Doc: "sockets, each with a queue of its own; fewer where the server does not allow several"},
 		{Name: "nbd_timeout", Kind: param.KindDuration, Default: "30s", Min: int64(time.Second), Max: int64(time.Hour),
 			Doc: "a request without an answer is given to the next connection after this time (up to twice as long), and fails with EIO after the last; whole seconds"},
-		{Name: "nbd_dead_timeout", Kind: param.KindDuration, Default: "0s", Max: int64(time.Hour),
-			Doc: "how long requests wait for a new connection when all are lost; whole seconds; netlink only"},
-		{Name: "nbd_ready", Kind: param.KindEnum, Default: "poll", Values: []string{"poll", "uevent"},
-			Doc: "how to learn that the device is ready: its size in sysfs, or the kernel's uevent"},
+		{Name: "nbd_dead_timeout", Kind: param.KindDuration, Default: "10s", Max: int64(time.Hour),
+			Doc: "how long requests wait for a new connection to the source when all are lost, before they fail with EIO; whole seconds; netlink only"},
+		{Name: "nbd_ready", Kind: param.KindEnum, Default: "poll", Values: []string{"poll", "uevent", "udev"},
+			Doc: "how to learn that the device is ready: its size in sysfs, the kernel's uevent, or the event of udevd after its rules"},
+		{Name: "nbd_scheduler", Kind: param.KindEnum, Default: "default", Values: []string{"default", "none", "mq-deadline", "kyber", "bfq"},
+			Doc: "scheduler of the device's queue; default is the kernel's choice"},
+		{Name: "nbd_queue_depth", Kind: param.KindInt, Default: "0", Max: 1024,
+			Doc: "requests of the device's queue (nr_requests); 0 is the kernel's choice"},
+		{Name: "nbd_max_request", Kind: param.KindSize, Default: "0", Max: 32 << 20,
+			Doc: "largest request to the server (max_sectors_kb), whole KiB; 0 is the kernel's choice"},
 		{Name: "read_ahead", Kind: param.KindSize, Default: "", Max: 1 << 30,
 			Doc: "window of the kernel's read-ahead (default: the kernel's own, 128KiB or more; 0 is none)"},
 	}
@@ -61,6 +67,9 @@ func Params() []param.Spec {
 type Options struct {
 	ReadOnly bool
 	Params   param.Values // of Params; the zero value means the defaults
+	// Redial, where not nil, replaces connections of Connect that are lost. It
+	// needs netlink; with ioctl the device is lost with its last connection.
+	Redial Redial
 }
 
 // Stats counts the device's requests since Open, as the kernel counts them.
@@ -79,6 +88,12 @@ type Device struct {
 	detach func(ctx context.Context) error
 	before Stats
 	store  *counted // nil after Connect
+
+	stop       func()                // ends the supervisor; nil without one
+	lost       atomic.Pointer[error] // the latest trouble with a connection
+	reconnects atomic.Int64
+	detached   sync.Once
+	detachErr  error
 
 	cancel context.CancelFunc // ends the servers
 	served sync.WaitGroup
@@ -139,7 +154,7 @@ func Open(ctx context.Context, store region.Store, o Options) (*Device, error) {
 	if o.ReadOnly {
 		e.Flags |= nbd.FlagReadOnly
 	}
-	d, err := attach(ctx, conns, e, p)
+	d, err := attach(ctx, conns, e, p, nil)
 	if err != nil {
 		end()
 		return nil, err
@@ -163,7 +178,7 @@ func Connect(ctx context.Context, conns []net.Conn, e nbd.Export, o Options) (*D
 		closeAll(conns)
 		return nil, err
 	}
-	d, err := attach(ctx, conns, e, p)
+	d, err := attach(ctx, conns, e, p, o.Redial)
 	if err != nil {
 		closeAll(conns)
 	}
@@ -210,6 +225,9 @@ func socketPair() (a, b net.Conn, err error) {
 	return conns[0], conns[1], nil
 }
 
+// kernelFlags are those that the kernel knows, by the protocol's numbers.
+const kernelFlags = nbd.FlagHasFlags | nbd.FlagReadOnly | nbd.FlagFlush | nbd.FlagFUA | nbd.FlagTrim | nbd.FlagMultiConn
+
 // settings is what both ways of setting up tell the kernel.
 type settings struct {
 	size, block   int64
@@ -220,36 +238,29 @@ type settings struct {
 
 // attach hands the sockets to the kernel. On success they are the kernel's and
 // conns are closed.
-func attach(ctx context.Context, conns []net.Conn, e nbd.Export, p param.Values) (*Device, error) {
+func attach(ctx context.Context, conns []net.Conn, e nbd.Export, p param.Values, redial Redial) (*Device, error) {
 	if e.Size%512 != 0 {
 		return nil, fmt.Errorf("attach an NBD export of %d bytes: a block device is whole sectors of 512 bytes: %w", e.Size, region.ErrOutOfRange)
 	}
 	if err := module(); err != nil {
 		return nil, err
 	}
-	// The flags of the protocol and of the kernel are the same numbers.
-	const known = nbd.FlagHasFlags | nbd.FlagReadOnly | nbd.FlagFlush | nbd.FlagFUA | nbd.FlagTrim | nbd.FlagMultiConn
-	s := settings{size: e.Size, block: Block(e.Size), timeout: p.Duration("nbd_timeout"), dead: p.Duration("nbd_dead_timeout"), flags: e.Flags & known}
-	defer func() {
-		for _, f := range s.sockets {
-			_ = f.Close()
-		}
-	}()
+	s := settings{size: e.Size, block: Block(e.Size), timeout: p.Duration("nbd_timeout"), flags: e.Flags & kernelFlags}
+	if redial != nil {
+		s.dead = p.Duration("nbd_dead_timeout")
+	}
+	defer func() { closeFiles(s.sockets) }()
 	for _, c := range conns {
-		fc, ok := c.(interface{ File() (*os.File, error) })
-		if !ok {
-			return nil, fmt.Errorf("attach an nbd device: a %T is no socket: %w", c, region.ErrNotSupported)
-		}
-		f, err := fc.File()
+		f, err := socketFile(c)
 		if err != nil {
-			return nil, fmt.Errorf("attach an nbd device: %w", err)
+			return nil, err
 		}
 		s.sockets = append(s.sockets, f)
 	}
 	var events *uevents
-	if p.Text("nbd_ready") == "uevent" {
+	if how := p.Text("nbd_ready"); how != "poll" {
 		var err error
-		if events, err = listenUevents(); err != nil {
+		if events, err = listenUevents(how == "udev"); err != nil {
 			return nil, err
 		}
 		defer events.Close()
@@ -257,17 +268,17 @@ func attach(ctx context.Context, conns []net.Conn, e nbd.Export, p param.Values)
 
 	d := &Device{index: -1, closed: make(chan struct{}), cancel: func() {}}
 	var err error
-	switch p.Text("nbd_setup") {
-	case "netlink":
-		err = d.byNetlink(s)
-	case "ioctl":
-		err = d.byIoctl(ctx, s)
-	default:
-		if s.dead > 0 {
-			err = d.byNetlink(s)
-		} else if err = d.byIoctl(ctx, s); errors.Is(err, errAllInUse) {
+	setup := p.Text("nbd_setup")
+	byNetlink := setup == "netlink" || setup == "auto" && s.dead > 0
+	if byNetlink {
+		if err = d.byNetlink(s); setup == "auto" && errors.Is(err, errNoFamily) {
+			byNetlink = false
+		}
+	}
+	if !byNetlink {
+		if err = d.byIoctl(ctx, s); setup == "auto" && errors.Is(err, errAllInUse) {
 			if e := d.byNetlink(s); !errors.Is(e, errNoFamily) { // the kernel makes another one
-				err = e
+				byNetlink, err = true, e
 			}
 		}
 	}
@@ -282,10 +293,18 @@ func attach(ctx context.Context, conns []net.Conn, e nbd.Export, p param.Values)
 		sectors := (p.Size("read_ahead") + 511) / 512
 		err = blockIoctl(int(d.node.Fd()), unix.BLKRASET, uintptr(sectors))
 	}
+	if err == nil {
+		err = d.tune(p)
+	}
+	if err == nil && byNetlink {
+		if err = d.supervise(s.sockets, e, redial, s); err == nil {
+			s.sockets = nil // the supervisor's now
+		}
+	}
 	if err != nil {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
-		err = errors.Join(fmt.Errorf("attach %s: %w", d.Path(), err), d.detach(ctx))
+		err = errors.Join(fmt.Errorf("attach %s: %w", d.Path(), err), d.detachOnce(ctx))
 		if d.node != nil {
 			_ = d.node.Close()
 		}
@@ -294,6 +313,12 @@ func attach(ctx context.Context, conns []net.Conn, e nbd.Export, p param.Values)
 	d.before = d.kernelStats()
 	closeAll(conns)
 	return d, nil
+}
+
+// detachOnce detaches the device, also where nothing is to be saved.
+func (d *Device) detachOnce(ctx context.Context) error {
+	d.detached.Do(func() { d.detachErr = d.detach(ctx) })
+	return d.detachErr
 }
 
 // Path is the block device.
@@ -341,12 +366,15 @@ func (d *Device) stats() Stats {
 	return s
 }
 
-// Err is the store's latest error, which the workload saw as EIO; nil after Connect.
+// Err is what the workload may have seen as EIO: the store's latest error or,
+// after Connect, the latest trouble with a connection; nil where there was none.
 func (d *Device) Err() error {
-	if d.store == nil {
-		return nil
+	if d.store != nil {
+		if e := d.store.last.Load(); e != nil {
+			return *e
+		}
 	}
-	if e := d.store.last.Load(); e != nil {
+	if e := d.lost.Load(); e != nil {
 		return *e
 	}
 	return nil
@@ -419,7 +447,10 @@ func (d *Device) close(ctx context.Context) error {
 		err = context.Cause(ctx)
 	}
 	if err != nil {
-		err = fmt.Errorf("write %s back: %w", d.Path(), err)
+		err = fmt.Errorf("write %s back: %w", d.Path(), errors.Join(err, d.Err()))
+	}
+	if d.stop != nil {
+		d.stop()
 	}
 	d.mu.Lock()
 	d.last, d.done = d.stats(), true
@@ -427,7 +458,7 @@ func (d *Device) close(ctx context.Context) error {
 	// Detaching must not be cut short: the device would stay.
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
-	err = errors.Join(err, d.detach(last))
+	err = errors.Join(err, d.detachOnce(last))
 	if written != nil {
 		<-written // fails now, with the requests it waits for
 	}

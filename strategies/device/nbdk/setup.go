@@ -1,7 +1,6 @@
 package nbdk
 
 import (
-	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -24,8 +23,9 @@ import (
 
 // Numbers of include/uapi/linux/nbd-netlink.h and nbd.h.
 const (
-	cmdConnect    = 1
-	cmdDisconnect = 2
+	cmdConnect     = 1
+	cmdDisconnect  = 2
+	cmdReconfigure = 3
 
 	attrIndex       = 1
 	attrSize        = 2
@@ -132,11 +132,6 @@ func call(cmd uint8, attrs ...*nl.RtAttr) (answer [][]byte, err error) {
 
 // byNetlink lets the kernel choose a free device, or make one. Linux 4.12.
 func (d *Device) byNetlink(s settings) error {
-	sockets := nl.NewRtAttr(attrSockets|unix.NLA_F_NESTED, nil)
-	for _, f := range s.sockets {
-		item := sockets.AddRtAttr(sockItem|unix.NLA_F_NESTED, nil)
-		item.AddRtAttr(sockFD, u32(int(f.Fd())))
-	}
 	attrs := []*nl.RtAttr{
 		nl.NewRtAttr(attrSize, u64(s.size)),
 		nl.NewRtAttr(attrBlock, u64(s.block)),
@@ -144,7 +139,7 @@ func (d *Device) byNetlink(s settings) error {
 		nl.NewRtAttr(attrServerFlags, u64(int64(s.flags))),
 		// Should this process be killed, the kernel lets go by itself.
 		nl.NewRtAttr(attrClientFlags, u64(flagDisconnectOnClose)),
-		sockets,
+		socketList(s.sockets),
 	}
 	if s.dead > 0 {
 		attrs = append(attrs, nl.NewRtAttr(attrDeadTimeout, u64(seconds(s.dead))))
@@ -263,6 +258,7 @@ func (d *Device) byIoctl(ctx context.Context, s settings) error {
 		}
 		err := blockIoctl(fd, ioctlDoIt, 0)
 		_ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
+		d.noteLost(fmt.Errorf("%s: all connections were lost: %w", d.Path(), region.ErrPeerGone)) // unless detached: then nobody asks
 		ended <- err
 	}()
 	d.detach = func(ctx context.Context) error {
@@ -347,40 +343,3 @@ func (d *Device) poll(ctx context.Context, what string, ok func() bool) error {
 	}
 	return nil
 }
-
-// uevents is a socket that gets the kernel's own events: no udevd is needed.
-type uevents struct{ f *os.File }
-
-func listenUevents() (*uevents, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
-	if err != nil {
-		return nil, fmt.Errorf("open a uevent socket: %w", err)
-	}
-	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: 1}); err != nil {
-		_ = unix.Close(fd)
-		return nil, fmt.Errorf("listen for uevents: %w", err)
-	}
-	return &uevents{os.NewFile(uintptr(fd), "uevents")}, nil
-}
-
-// change waits for a change event of a block device.
-func (u *uevents) change(ctx context.Context, name string) error {
-	stop := context.AfterFunc(ctx, func() { _ = u.f.SetReadDeadline(time.Unix(1, 0)) })
-	defer stop()
-	buf := make([]byte, 16<<10)
-	for {
-		n, err := u.f.Read(buf)
-		if errors.Is(err, unix.ENOBUFS) {
-			return nil // events were lost; the caller looks at sysfs anyway
-		}
-		if err != nil {
-			return fmt.Errorf("wait for the change event of %s: %w", name, errors.Join(err, context.Cause(ctx)))
-		}
-		head, _, _ := bytes.Cut(buf[:n], []byte{0})
-		if action, path, ok := strings.Cut(string(head), "@"); ok && action == "change" && filepath.Base(path) == name {
-			return nil
-		}
-	}
-}
-
-func (u *uevents) Close() { _ = u.f.Close() }
