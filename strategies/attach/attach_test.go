@@ -186,6 +186,8 @@ func TestOpenRefuses(t *testing.T) {
 		"anonymous by path": {strategies.Attachment{Kind: strategies.AttachAnonymous, Size: 1}, Options{Via: ViaPath}},
 		"no fault":          {strategies.Attachment{Kind: strategies.AttachFault, Size: 1}, Options{}},
 		"odd page":          {strategies.Attachment{Kind: strategies.AttachFault, Size: 1, Fault: &strategies.Fault{Memory: "anonymous", PageSize: 5000}}, Options{}},
+		"O_DIRECT, mapped":  {strategies.Attachment{Kind: strategies.AttachPath, Path: "/dev/null", Size: 1}, Options{Direct: true}},
+		"O_DIRECT, memfd":   {strategies.Attachment{Kind: strategies.AttachMemfd, File: memfd(t, []byte{1}), Size: 1}, Options{Via: ViaFile, Direct: true}},
 		"no memfd":          {strategies.Attachment{Kind: strategies.AttachFault, Size: 1, Fault: &strategies.Fault{Memory: "shared", PageSize: 4096}}, Options{}},
 	} {
 		if v, err := Open(c.a, c.o); err == nil {
