@@ -313,7 +313,7 @@ func (f *figure) crossings() string {
 			continue
 		}
 		var at []string
-		for _, c := range results.Crossings(e.Series, f.entries[i].Series, f.spec.X.Log) {
+		for _, c := range results.Crossings(e.Series, f.entries[i].Series, f.spec.X.Log, f.spec.Y.Log) {
 			way := "below"
 			if c.Above {
 				way = "above"

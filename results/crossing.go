@@ -9,22 +9,25 @@ type Crossing struct {
 }
 
 // Crossings returns where the medians of a begin to lie above or below those of b,
-// from the left. Between points, a and b are lines in the logarithm of the place
-// where log is set, else in the place. A series of one point holds everywhere; others
-// are compared where both have points of the same X.
-func Crossings(a, b Series, log bool) []Crossing {
+// from the left. Between points, a and b are the lines that a figure with such axes
+// draws: logX and logY say whether an axis is logarithmic, and shows nothing that is not
+// above 0. A series of one point holds everywhere; others are compared where both have points of the same X.
+func Crossings(a, b Series, logX, logY bool) []Crossing {
 	type place struct{ x, diff float64 }
 	var places []place
 	for _, p := range a.Points {
 		other, ok := b.at(p.X)
 		va, okA := p.Median.Get()
 		vb, okB := other.Median.Get()
-		if !ok || !okA || !okB || log && p.Pos <= 0 {
+		if !ok || !okA || !okB || logX && p.Pos <= 0 || logY && (va <= 0 || vb <= 0) {
 			continue
 		}
 		x := p.Pos
-		if log {
+		if logX {
 			x = math.Log(x)
+		}
+		if logY {
+			va, vb = math.Log(va), math.Log(vb)
 		}
 		places = append(places, place{x, va - vb})
 	}
@@ -35,7 +38,7 @@ func Crossings(a, b Series, log bool) []Crossing {
 			continue
 		}
 		x := l.x + (r.x-l.x)*l.diff/(l.diff-r.diff)
-		if log {
+		if logX {
 			x = math.Exp(x)
 		}
 		out = append(out, Crossing{x, r.diff >= 0})

@@ -28,19 +28,21 @@ func TestCrossings(t *testing.T) {
 	}
 	flat := line(5)
 	for name, c := range map[string]struct {
-		a, b Series
-		log  bool
-		want []Crossing
+		a, b       Series
+		logX, logY bool
+		want       []Crossing
 	}{
-		"up":           {line(1, 3, 7, 9), flat, true, []Crossing{{math.Pow(10, 1.5), true}}},
-		"linear":       {line(1, 3, 7, 9), flat, false, []Crossing{{55, true}}},
-		"there, back":  {line(1, 7, 3), flat, true, []Crossing{{math.Pow(10, 2.0/3), true}, {math.Pow(10, 1.5), false}}},
-		"never":        {line(1, 2, 3), flat, true, nil},
-		"on the point": {line(1, 5, 9), flat, true, []Crossing{{10, true}}},
-		"two lines":    {line(0, 10), line(10, 0), true, []Crossing{{math.Sqrt(10), true}}},
-		"no values":    {line(), flat, true, nil},
+		"up":           {line(1, 3, 7, 9), flat, true, false, []Crossing{{math.Pow(10, 1.5), true}}},
+		"linear":       {line(1, 3, 7, 9), flat, false, false, []Crossing{{55, true}}},
+		"there, back":  {line(1, 7, 3), flat, true, false, []Crossing{{math.Pow(10, 2.0/3), true}, {math.Pow(10, 1.5), false}}},
+		"never":        {line(1, 2, 3), flat, true, false, nil},
+		"on the point": {line(1, 5, 9), flat, true, false, []Crossing{{10, true}}},
+		"two lines":    {line(0, 10), line(10, 0), true, false, []Crossing{{math.Sqrt(10), true}}},
+		"both log":     {line(1, 100), line(10), true, true, []Crossing{{math.Sqrt(10), true}}},
+		"a zero":       {line(0, 100), line(10), true, true, nil},
+		"no values":    {line(), flat, true, false, nil},
 	} {
-		got := Crossings(c.a, c.b, c.log)
+		got := Crossings(c.a, c.b, c.logX, c.logY)
 		if len(got) != len(c.want) {
 			t.Errorf("%s: %v, want %v", name, got, c.want)
 			continue

@@ -41,13 +41,13 @@ func pushWorkers() Figure {
 		s.Note = "As before. Beyond the bytes written: chunks that were written again after a push had taken them."
 	})}
 	f.Cells = func(variant string, quick bool) []*Cell {
-		counts, size := []int{0, 1, 2, 4, 8, 16, 32}, int64(32<<20)
+		counts, intervals, size := []int{0, 1, 2, 4, 8, 16, 32}, []string{"10ms", "100ms", "1s"}, int64(32<<20)
 		if quick {
-			counts, size = []int{0, 1, 4, 16}, 8<<20
+			counts, intervals, size = []int{0, 1, 16}, []string{"10ms", "1s"}, 2<<20
 		}
 		var cells []*Cell
 		for _, n := range counts {
-			for _, interval := range []string{"10ms", "100ms", "1s"} {
+			for _, interval := range intervals {
 				c := cellOf(name, variant, "managed-mount", 100*time.Millisecond)
 				c.Link.Rate = 100_000_000
 				c.Op, c.Via, c.Size, c.PushWorkers, c.Think, c.Budget = "write", "file", size, n, 200*time.Microsecond, 10*time.Second
@@ -155,7 +155,7 @@ func rttAndRate() Figure {
 		X: results.Axis{Column: "rtt_ms", Label: "RTT", Unit: "ms"}, Rows: results.Axis{Column: "rate_mbit", Label: "Rate", Unit: "Mbit/s"},
 		Y:    results.Axis{Column: "rate_utilisation", Label: "Bytes read, from open on, by time and rate"},
 		Keys: []string{"strategy"}, Series: remoteSeries(),
-		Note: "Sequential read of what the link carries in 5 s (quick: 0.5 s), the same for all strategies. Where a run's time ends first, the bytes until then count.",
+		Note: "Sequential read of what the link carries in 5 s (quick: 0.25 s), the same for all strategies. Where a run's time ends first, the bytes until then count.",
 	}}
 	f.More = []results.FigureSpec{
 		alsoAs(f.Spec, "rtt-and-rate-throughput", func(s *results.FigureSpec) {
@@ -179,7 +179,7 @@ func rttAndRate() Figure {
 					c := cellOf(name, variant, strategy, time.Duration(ms)*time.Millisecond)
 					c.Link.Rate, c.Size, c.Budget = rate*1_000_000, rate*640<<10, 10*time.Second // 5 s at the link's rate
 					if quick {
-						c.Size, c.Budget = rate*64<<10, time.Second
+						c.Size, c.Budget = rate*32<<10, 500*time.Millisecond
 					}
 					cells = append(cells, c)
 				}

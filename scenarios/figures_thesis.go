@@ -231,7 +231,7 @@ func splitByRTT() Figure {
 	f.Cells = func(variant string, quick bool) []*Cell {
 		rtts := []int{0, 1, 2, 4, 6, 10, 14, 20}
 		if quick {
-			rtts = []int{0, 4, 20}
+			rtts = []int{0, 4, 10}
 		}
 		var cells []*Cell
 		for _, ms := range rtts {
@@ -243,8 +243,11 @@ func splitByRTT() Figure {
 					if strategy == "managed-mount" {
 						c.Settings = append(c.Settings, "extent=64KiB") // as large as the direct mount's requests
 					}
-					if quick && side == "source" { // a first read in pieces takes longer
+					if quick {
 						c.Budget = 500 * time.Millisecond
+						if side == "destination" { // a first read in pieces takes long
+							c.Budget = 900 * time.Millisecond
+						}
 					}
 					cells = append(cells, c)
 				}
