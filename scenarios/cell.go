@@ -183,6 +183,15 @@ func (c *Cell) Resolve() error {
 		return shaperErr
 	}
 	var opErr error
+	files := c.params.IntOr("files", 1)
+	switch {
+	case (files > 1 || c.fileSystem() != "none") && c.Via != "map":
+		return usage("files and file_system go with --via map only")
+	case files > 1 && c.Size < int64(files)*region.PageSize():
+		return usage("%d files of a region of %d bytes: each has at least a page", files, c.Size)
+	case c.fileSystem() != "none" && (c.Op != "read" || c.Input != ""):
+		return usage("file_system goes with --op read only, and without --input")
+	}
 	if c.Op != "read" && !info.Can(strategies.Writes) {
 		opErr = fmt.Errorf("strategy %s does not write back: %w", c.Strategy, region.ErrNotSupported)
 	}
@@ -437,12 +446,16 @@ func (c *Cell) setup(seed uint64, dir string) role.Setup {
 }
 
 // work is what the workload does.
-func (c *Cell) work(seed uint64) role.Work {
+func (c *Cell) work(seed uint64, dir string) role.Work {
 	return role.Work{
 		Op: c.Op, Access: c.real(c.Access), Threads: c.Threads, Think: c.Think, Limit: c.Limit, Budget: c.Budget, Seed: seed,
 		Size: c.Size, Content: region.Content{Seed: seed}, Input: c.real(c.Input), Via: c.Via, Advice: c.advice(), Direct: c.direct(),
+		FileSystem: c.fileSystem(), Files: c.params.IntOr("files", 1), Dir: dir,
 	}
 }
+
+// fileSystem is what lies between the device and the files that are the region.
+func (c *Cell) fileSystem() string { return c.params.TextOr("file_system", "none") }
 
 // advice is what the workload tells the kernel of its accesses.
 func (c *Cell) advice() string {

@@ -367,7 +367,7 @@ func (r *run) inFolder(ctx context.Context) (err error) {
 	for _, p := range r.processes() {
 		p.Watch(watched, cancel)
 	}
-	err = r.measure(watched, r.cell.setup(r.seed, dir), r.cell.work(r.seed))
+	err = r.measure(watched, r.cell.setup(r.seed, dir), r.cell.work(r.seed, dir))
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
@@ -496,6 +496,11 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	c, v := r.cell, r.out.Values
 	if c.Shaper == netem.ShaperSleep {
 		setup.Sleep = int64(c.Link.RTT)
+	}
+	if c.fileSystem() != "none" {
+		if err := r.image(ctx, &setup, work); err != nil {
+			return err
+		}
 	}
 	// Before any clock: content in place, buffers touched.
 	mount := role.MountArgs{Setup: setup}

@@ -128,13 +128,15 @@ const (
 // Attachment says how the workload attaches. All but File crosses the role
 // protocol as JSON; File crosses by SCM_RIGHTS.
 type Attachment struct {
-	Kind     AttachKind `json:"kind"`
-	Path     string     `json:"path,omitempty"`
-	File     *os.File   `json:"-"`
-	Size     int64      `json:"size"` // bytes of the region; the mapping is rounded up to pages
-	ReadOnly bool       `json:"read_only,omitempty"`
-	Populate bool       `json:"populate,omitempty"` // map with MAP_POPULATE: page tables are warm
-	Fault    *Fault     `json:"fault,omitempty"`
+	Kind AttachKind `json:"kind"`
+	Path string     `json:"path,omitempty"`
+	// Paths, in place of Path: parts of the region, region.PartSize each, one behind the other.
+	Paths    []string `json:"paths,omitempty"`
+	File     *os.File `json:"-"`
+	Size     int64    `json:"size"` // bytes of the region; the mapping is rounded up to pages
+	ReadOnly bool     `json:"read_only,omitempty"`
+	Populate bool     `json:"populate,omitempty"` // map with MAP_POPULATE: page tables are warm
+	Fault    *Fault   `json:"fault,omitempty"`
 }
 
 // Fault says how to map and register a region that is served by userfaultfd.

@@ -127,10 +127,15 @@ func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.
 		r.dialer = transport.DialFunc(func(ctx context.Context) (net.Conn, error) { return dial.DialContext(ctx, "tcp", a.Source) })
 	}
 	m := Mounted{Start: monotonic()}
-	d.mount, err = st.Mount(ctx, r, strategies.Options{
+	o := strategies.Options{
 		Device: a.Setup.Device, Chunk: a.Setup.Chunk, PullWorkers: a.Setup.PullWorkers, PushWorkers: a.Setup.PushWorkers,
 		ReadOnly: a.Setup.ReadOnly, Dir: a.Setup.Dir, Params: params,
-	})
+	}
+	if k := params.IntOr("files", 1); k > 1 && params.TextOr("file_system", "none") == "none" {
+		d.mount, err = strategies.MountParts(ctx, st, r, o, k)
+	} else {
+		d.mount, err = st.Mount(ctx, r, o)
+	}
 	if err != nil {
 		return nil, nil, err
 	}

@@ -39,6 +39,11 @@ type Work struct {
 	Via     string         `json:"via"`             // map, file or path
 	Advice  string         `json:"advice"`          // none, sequential or random
 	Direct  bool           `json:"direct"`          // past the page cache; not with a mapping
+	// FileSystem, if not none, is on the device and holds the region as Files files;
+	// it is mounted below Dir.
+	FileSystem string `json:"file_system"`
+	Files      int    `json:"files"`
+	Dir        string `json:"dir"`
 }
 
 // Touched is what was done; ops counts the touches of each thread, in the order
@@ -180,7 +185,8 @@ func (w *workload) attach(_ context.Context, body json.RawMessage, files []*os.F
 		a.File = files[0] // the view's from here on
 		closeAll(files[1:])
 	}
-	v, err := attach.Open(a, attach.Options{Via: w.work.Via, Advice: w.work.Advice, Direct: w.work.Direct})
+	v, err := attach.Open(a, attach.Options{Via: w.work.Via, Advice: w.work.Advice, Direct: w.work.Direct,
+		FileSystem: w.work.FileSystem, Files: w.work.Files, Size: w.work.Size, Dir: w.work.Dir})
 	if err != nil {
 		return nil, nil, err
 	}

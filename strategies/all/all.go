@@ -57,7 +57,11 @@ func Specs(s strategies.Strategy, deviceName, transportName string) []param.Spec
 		specs = append(specs, param.Spec{Name: "advice", Kind: param.KindEnum, Default: attach.AdviceNone, Values: []string{attach.AdviceNone, attach.AdviceSequential, attach.AdviceRandom},
 			Doc: "madvise(2) of the workload's mapping; told random, a touch reads one page and not the read-ahead window around it"},
 			param.Spec{Name: "o_direct", Kind: param.KindBool, Default: "false",
-				Doc: "the workload opens the device past the page cache, so that each 4 KiB access is a request; with --via file or path"})
+				Doc: "the workload opens the device past the page cache, so that each 4 KiB access is a request; with --via file or path"},
+			param.Spec{Name: "files", Kind: param.KindInt, Default: "1", Min: 1, Max: 256,
+				Doc: "mappings that the region is divided into, one behind the other: as many devices, or files of one file_system"},
+			param.Spec{Name: "file_system", Kind: param.KindEnum, Default: "none", Values: attach.FileSystems(),
+				Doc: "the source has an image of it with the region as its files, which the workload mounts from the device and maps; reads only"})
 	}
 	if transportName != "local" {
 		specs = append(specs, nbd.Params()...)

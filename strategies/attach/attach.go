@@ -44,6 +44,14 @@ type Options struct {
 	// to the device, whose block offsets, lengths and buffers must be multiples of.
 	// For ViaFile and ViaPath of a path only. Source: open(2).
 	Direct bool
+	// FileSystem, if it is neither "" nor "none", says that the device holds a file
+	// system of this kind (FileSystems), which is mounted below Dir; the region is
+	// then the content of its first Files files (FileName), one behind the other, of
+	// Size bytes together. For ViaMap of one path only.
+	FileSystem string
+	Files      int
+	Size       int64
+	Dir        string // an existing folder
 }
 
 // The advices.
@@ -64,6 +72,12 @@ type View struct {
 	mem    []byte   // the mapping, rounded up to pages; nil without one
 	uffd   *os.File
 
+	parts   []*os.File // mapped one behind the other, in place of file
+	o       Options
+	loop    *os.File // between a device that is a file and its file system
+	point   string   // where that is mounted
+	mounted bool
+
 	mu     sync.RWMutex
 	closed bool
 }
@@ -75,7 +89,7 @@ type View struct {
 // Errors: region.ErrNotSupported, ErrNotPermitted (userfaultfd), ErrOutOfRange
 // (a size of zero or below), or the system call's.
 func Open(a strategies.Attachment, o Options) (*View, error) {
-	v := &View{a: a, via: o.Via, advice: o.Advice, direct: o.Direct, file: a.File}
+	v := &View{a: a, via: o.Via, advice: o.Advice, direct: o.Direct, file: a.File, o: o}
 	if v.via == "" {
 		v.via = ViaMap
 	}
@@ -107,11 +121,23 @@ func (v *View) open() error {
 		return fmt.Errorf("access via %s: %w", v.via, region.ErrNotSupported)
 	case v.direct && (v.a.Kind != strategies.AttachPath || v.via == ViaMap):
 		return fmt.Errorf("O_DIRECT needs a path, and access via %s or %s: %w", ViaFile, ViaPath, region.ErrNotSupported)
+	case (v.fileSystem() || len(v.a.Paths) > 0) && (v.a.Kind != strategies.AttachPath || v.via != ViaMap):
+		return fmt.Errorf("several files or devices in place of one can only be mapped: %w", region.ErrNotSupported)
 	case (v.a.Kind == strategies.AttachMemfd || v.a.Kind == strategies.AttachAnonymous) && v.file == nil:
 		return errors.New("the attachment's file is missing")
 	}
 	switch v.a.Kind {
 	case strategies.AttachPath:
+		if len(v.a.Paths) > 0 {
+			return v.mapParts(v.a.Paths, prot, flags)
+		}
+		if v.fileSystem() {
+			paths, err := v.mount()
+			if err != nil {
+				return err
+			}
+			return v.mapParts(paths, prot, flags)
+		}
 		f, err := v.openPath()
 		if err != nil {
 			return err
@@ -147,11 +173,16 @@ func (v *View) open() error {
 	return fmt.Errorf("attachment kind %q is unknown", v.a.Kind)
 }
 
-// mapFile maps f and passes the advice on.
+// mapFile maps f.
 func (v *View) mapFile(f *os.File, length int64, prot, flags int) error {
 	if err := v.mmap(int(f.Fd()), length, prot, flags); err != nil {
 		return err
 	}
+	return v.advise()
+}
+
+// advise passes the advice on.
+func (v *View) advise() error {
 	switch v.advice {
 	case "", AdviceNone:
 		return nil
@@ -405,6 +436,14 @@ func (v *View) Sync() error {
 			return fmt.Errorf("msync %d bytes: %w", len(v.mem), err)
 		}
 	}
+	if len(v.parts) > 0 {
+		for _, f := range v.parts {
+			if err := f.Sync(); err != nil {
+				return fmt.Errorf("fsync: %w", err)
+			}
+		}
+		return v.syncFileSystem()
+	}
 	f := v.file
 	if f == nil {
 		var err error
@@ -433,10 +472,11 @@ func (v *View) Close() error {
 		errs = append(errs, os.NewSyscallError("munmap", unix.MunmapPtr(unsafe.Pointer(unsafe.SliceData(v.mem)), uintptr(len(v.mem)))))
 		v.mem = nil
 	}
-	for _, f := range []*os.File{v.uffd, v.file} {
+	for _, f := range append(v.parts, v.uffd, v.file) {
 		if f != nil {
 			errs = append(errs, f.Close())
 		}
 	}
+	errs = append(errs, v.unmount())
 	return errors.Join(errs...)
 }

@@ -206,6 +206,22 @@ func (p Values) Text(name string) string { return p.get(name) }
 // Int returns a parameter of kind int.
 func (p Values) Int(name string) int { n, _ := strconv.ParseInt(p.get(name), 10, 64); return int(n) }
 
+// IntOr is Int, or other where the parameter is not declared.
+func (p Values) IntOr(name string, other int) int {
+	if !p.Has(name) {
+		return other
+	}
+	return p.Int(name)
+}
+
+// TextOr is Text, or other where the parameter is not declared.
+func (p Values) TextOr(name, other string) string {
+	if !p.Has(name) {
+		return other
+	}
+	return p.Text(name)
+}
+
 // Float returns a parameter of kind float.
 func (p Values) Float(name string) float64 { f, _ := strconv.ParseFloat(p.get(name), 64); return f }
 

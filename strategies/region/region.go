@@ -107,6 +107,10 @@ func RoundUp(n, unit int64) int64 { return (n + unit - 1) &^ (unit - 1) }
 // Chunks is the number of chunks of the given size in a region of size bytes.
 func Chunks(size, chunk int64) int64 { return (size + chunk - 1) / chunk }
 
+// PartSize is the size of the first k-1 of k parts of a region of size bytes: whole
+// pages. The last part has the rest, which is above 0 where size is at least k pages.
+func PartSize(size int64, k int) int64 { return size / int64(k) &^ (PageSize() - 1) }
+
 // CheckChunk returns an error unless chunk is a power of two and at least a page.
 func CheckChunk(chunk int64) error {
 	if chunk < PageSize() || chunk&(chunk-1) != 0 {
