@@ -265,7 +265,7 @@ func TestMetricsPage(t *testing.T) {
 		t.Errorf("%s is not what the tables make (%v); run go test ./results -run TestMetricsPage -rewrite", path, err)
 	}
 	seen := map[string]bool{}
-	units := map[string]bool{"s": true, "B": true, "B/s": true, "bit/s": true, "count": true, "ratio": true}
+	units := map[string]bool{"s": true, "B": true, "B/s": true, "bit/s": true, "count": true, "ratio": true, "s/B": true}
 	for _, m := range metrics {
 		if seen[m.Name] || !units[m.Unit] || m.From == "" || m.To == "" || m.Doc == "" {
 			t.Errorf("metric %+v is not complete, or not the only one of its name", m)

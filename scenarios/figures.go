@@ -29,6 +29,7 @@ func Figures() []Figure {
 		linkFigures(),
 		collectorFigures(),
 		pullFigures(),
+		deviceFigures(),
 	)
 }
 

@@ -579,13 +579,19 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	}
 	r.out.Histogram = t.Hist
 	r.touches(m, t)
+	cpu := 0.0
 	for name, b := range before {
 		e := after[name]
 		v["cpu_"+name] = e.CPU - b.CPU
+		cpu += e.CPU - b.CPU
 		v["rss_"+name] = float64(e.RSS)
 		v["minor_faults_"+name] = float64(e.MinorFaults - b.MinorFaults)
 		v["major_faults_"+name] = float64(e.MajorFaults - b.MajorFaults)
 		v["context_switches_"+name] = float64(e.ContextSwitches - b.ContextSwitches)
+	}
+
+	if t.Bytes > 0 {
+		v["cpu_per_byte"] = cpu / float64(t.Bytes)
 	}
 
 	// The clock stands still from here, but for Sync.
@@ -684,6 +690,10 @@ func (r *run) stats(s strategies.Stats) {
 	v["payload_bytes"] = float64(s.DemandBytes + s.PrefetchBytes + s.PushBytes)
 	for name, n := range s.Extra {
 		v[name] = float64(n)
+	}
+	if done := v["bytes_done"]; done > 0 && r.cell.Op == "write" {
+		v["read_per_written"] = float64(s.DemandBytes+s.PrefetchBytes) / done
+		v["pushed_per_written"] = float64(s.PushBytes) / done
 	}
 }
 

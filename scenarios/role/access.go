@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"memsync/strategies/order"
+	"memsync/strategies/region"
 )
 
 // Accesses lists the access patterns, but for traces.
@@ -27,10 +28,20 @@ func CheckAccess(name string, threads int) error {
 		}
 		return nil
 	}
-	if slices.Contains(Accesses(), name) {
+	if _, ok := blockOf(name); ok || slices.Contains(Accesses(), name) {
 		return nil
 	}
-	return fmt.Errorf("unknown access pattern %q; valid: %s, trace:FILE", name, strings.Join(Accesses(), ", "))
+	return fmt.Errorf("unknown access pattern %q; valid: %s, random:SIZE (whole pages), trace:FILE", name, strings.Join(Accesses(), ", "))
+}
+
+// blockOf returns the pages of a block of the pattern random:SIZE.
+func blockOf(access string) (pages int64, ok bool) {
+	text, ok := strings.CutPrefix(access, "random:")
+	if !ok {
+		return 1, false
+	}
+	size, err := region.ParseSize(text)
+	return size / page, err == nil && size >= page && size%page == 0
 }
 
 // TracePages returns the pages that an access pattern "trace:FILE" visits in a
@@ -61,12 +72,15 @@ const maxTracePages = 16 << 20
 // source can tell afterwards which pages were written.
 //
 // seq, reverse and random visit each page once (random in the order of an affine
-// permutation of full period); zipf visits n pages, rank r with a probability
+// permutation of full period; random:SIZE so by blocks, the pages of a block in order,
+// what is left of a block at the end last); zipf visits n pages, rank r with a probability
 // proportional to 1/r^0.99 as in YCSB, ranks scattered over the pages.
 type sequence struct {
 	access   string
 	first, n int64
-	a, c     int64 // random: page i is (a*i + c) mod n
+	block    int64 // pages that follow each other; 1 but for random:SIZE
+	blocks   int64 // whole ones in n
+	a, c     int64 // random: block i is (a*i + c) mod blocks
 	zipf     *zipf
 	pages    []int64 // of a trace
 	i        int64
@@ -74,11 +88,15 @@ type sequence struct {
 
 func newSequence(access string, first, n int64, seed uint64) *sequence {
 	rng := rand.New(rand.NewPCG(seed, uint64(first)))
-	s := &sequence{access: access, first: first, n: n}
-	if n > 0 {
-		for s.a = 1 + rng.Int64N(n); gcd(s.a, n) != 1; s.a = 1 + rng.Int64N(n) {
+	s := &sequence{access: access, first: first, n: n, block: 1}
+	if b, ok := blockOf(access); ok {
+		s.access, s.block = "random", b
+	}
+	s.blocks = n / s.block
+	if b := s.blocks; b > 0 {
+		for s.a = 1 + rng.Int64N(b); gcd(s.a, b) != 1; s.a = 1 + rng.Int64N(b) {
 		}
-		s.c = rng.Int64N(n)
+		s.c = rng.Int64N(b)
 	}
 	if access == "zipf" {
 		s.zipf = newZipf(n, 0.99, rng)
@@ -93,10 +111,10 @@ func gcd(a, b int64) int64 {
 	return a
 }
 
-// permute scatters i over [0, n).
+// permute scatters i over [0, blocks).
 func (s *sequence) permute(i int64) int64 {
 	// 128-bit product, since a*i may overflow.
-	return int64(mulmod(uint64(s.a), uint64(i), uint64(s.n))+uint64(s.c)) % s.n
+	return int64(mulmod(uint64(s.a), uint64(i), uint64(s.blocks))+uint64(s.c)) % s.blocks
 }
 
 func mulmod(a, b, n uint64) uint64 {
@@ -119,7 +137,9 @@ func (s *sequence) next() (page int64, ok bool) {
 	case "reverse":
 		i = s.n - 1 - i
 	case "random":
-		i = s.permute(i)
+		if i < s.blocks*s.block {
+			i = s.permute(i/s.block)*s.block + i%s.block
+		}
 	case "zipf":
 		i = s.permute(s.zipf.next())
 	}

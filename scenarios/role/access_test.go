@@ -152,7 +152,7 @@ func TestSplit(t *testing.T) {
 
 // TestSequencesCover: all threads together visit every page once.
 func TestSequencesCover(t *testing.T) {
-	for _, access := range []string{"seq", "random", "reverse"} {
+	for _, access := range []string{"seq", "random", "random:4KiB", "random:8KiB", "random:1MiB", "reverse"} {
 		for _, threads := range []int{1, 3, 8} {
 			w := Work{Access: access, Threads: threads, Size: 5*page + 1, Seed: 5}
 			var all []int64
@@ -176,7 +176,7 @@ func TestSequencesCover(t *testing.T) {
 }
 
 func TestCheckAccess(t *testing.T) {
-	for _, a := range append(Accesses(), "trace:x") {
+	for _, a := range append(Accesses(), "trace:x", "random:64KiB", "random:4096") {
 		if err := CheckAccess(a, 1); err != nil {
 			t.Error(err)
 		}
@@ -187,8 +187,8 @@ func TestCheckAccess(t *testing.T) {
 	if err := CheckAccess("trace:x", 2); err == nil {
 		t.Error("a trace has one thread")
 	}
-	for _, bad := range []string{"sideways", "trace:", "trace"} {
-		if err := CheckAccess(bad, 1); err == nil || !strings.HasSuffix(err.Error(), `; valid: seq, random, reverse, zipf, trace:FILE`) {
+	for _, bad := range []string{"sideways", "trace:", "trace", "random:", "random:1", "random:0", "random:5000", "seq:4KiB"} {
+		if err := CheckAccess(bad, 1); err == nil || !strings.HasSuffix(err.Error(), `; valid: seq, random, reverse, zipf, random:SIZE (whole pages), trace:FILE`) {
 			t.Errorf("CheckAccess(%q) = %v", bad, err)
 		}
 	}
