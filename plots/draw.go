@@ -108,20 +108,29 @@ type legendItem struct {
 }
 
 func newFigure(rows []results.Row, hist results.Histograms, spec results.FigureSpec) (*figure, error) {
-	series, err := results.Group(rows, spec.Query())
+	f := &figure{spec: spec, thesis: map[string]results.ThesisSeries{}}
+	own, err := results.Group(results.Filter(rows, func(r results.Row) bool { return !r.Lab() }), spec.Query())
 	if err != nil {
 		return nil, err
 	}
-	f := &figure{spec: spec, thesis: map[string]results.ThesisSeries{}}
+	lab, err := results.Group(results.Filter(rows, results.Row.Lab), spec.Query())
+	if err != nil {
+		return nil, err
+	}
+	for i, s := range lab { // a panel is named by all of its key but the last part
+		if at := strings.LastIndex(s.Key, "/"); spec.Kind == results.FigureHeat && at >= 0 && len(own) > 0 {
+			lab[i].Key = s.Key[:at] + ", lab" + s.Key[at:]
+		}
+	}
 	for _, s := range results.Thesis(spec.Thesis) {
 		f.thesis[s.Name] = s
 	}
-	if f.entries = arrange(series, spec); !slices.ContainsFunc(f.entries, entry.hasValues) {
+	if f.entries = mark(arrange(own, spec), arrange(lab, spec)); !slices.ContainsFunc(f.entries, entry.hasValues) {
 		return nil, ErrNoData
 	}
 	f.cats = categories(f.entries, spec.X.Categories)
 	if spec.Kind == results.FigureHeat {
-		f.panels = makePanels(series, spec)
+		f.panels = makePanels(slices.Concat(own, lab), spec)
 	}
 	for _, e := range f.entries {
 		var bars []results.Bar
@@ -147,6 +156,21 @@ func (e entry) hasCI() bool {
 
 func (e entry) hasValues() bool {
 	return slices.ContainsFunc(e.Points, func(p results.Point) bool { return p.N > 0 })
+}
+
+// mark puts the series of the lab kernel after the machine's own, and says which
+// they are: beside those in their names and markers, else below the title (describe).
+func mark(own, lab []entry) []entry {
+	for i := range lab {
+		lab[i].lab = true
+		if len(own) > 0 {
+			lab[i].Label = lab[i].name() + ", lab"
+		}
+		if slices.ContainsFunc(own, func(e entry) bool { return e.Series.Key == lab[i].Series.Key }) {
+			lab[i].Thesis = "" // lies beneath the machine's own
+		}
+	}
+	return append(own, lab...)
 }
 
 // arrange brings series into the figure's order. A style depends on the place
@@ -244,6 +268,11 @@ func (f *figure) describe(rows []results.Row) (subtitle, caption string) {
 		}
 	case results.FigureHeat:
 		subtitle = "Median, " + n
+	}
+	if slices.ContainsFunc(f.entries, func(e entry) bool { return e.lab && e.hasValues() }) {
+		if subtitle += "; lab kernel"; f.spec.Kind == results.FigureLine || f.spec.Kind == results.FigureBar {
+			subtitle += " (hollow)"
+		}
 	}
 	if failed > 0 {
 		subtitle += fmt.Sprintf("; %d not ok left out", failed)
@@ -451,9 +480,9 @@ func (f *figure) makeLegend() {
 					e.drawMarker(c, vg.Point{X: (r.Min.X + r.Max.X) / 2, Y: mid}, 1)
 					break
 				}
-				c.FillPolygon(e.color, rect(r.Min.X+4, mid-2.5, r.Max.X-2, mid+2.5))
+				e.fill(c, rect(r.Min.X+4, mid-2.5, r.Max.X-2, mid+2.5))
 			default:
-				c.FillPolygon(e.color, rect(r.Min.X+4, mid-2.5, r.Max.X-2, mid+2.5))
+				e.fill(c, rect(r.Min.X+4, mid-2.5, r.Max.X-2, mid+2.5))
 			}
 		}})
 	}

@@ -445,3 +445,40 @@ func TestTicks(t *testing.T) {
 		}
 	}
 }
+
+// Records of the lab kernel make series of their own beside the machine's, and are marked.
+func TestLabIsMarked(t *testing.T) {
+	spec := results.FigureSpec{Name: "f", Title: "T", Kind: results.FigureLine, X: results.Axis{Column: "rtt_ms", Label: "RTT", Unit: "ms"},
+		Y: results.Axis{Column: "throughput", Label: "Throughput", Unit: "B/s"}, Keys: []string{"strategy"}, Series: []results.FigureSeries{{Key: "a", Label: "A"}}}
+	row := func(kernel string, rtt, v float64) results.Row {
+		return results.Row{Figure: "f", Strategy: "a", Kernel: kernel, RTTms: rtt, Metric: "throughput", Value: results.Num(v), Status: results.StatusOK}
+	}
+	own := []results.Row{row("6.18", 1, 10), row("6.18", 2, 20)}
+	lab := []results.Row{row("lab-7.2.7", 1, 1000), row("lab-7.2.7", 2, 2000)}
+	for _, c := range []struct {
+		rows   []results.Row
+		names  []string
+		marked bool
+	}{
+		{own, []string{"A"}, false},
+		{lab, []string{"A"}, true},
+		{slices.Concat(lab, own), []string{"A", "A, lab"}, true},
+	} {
+		f, err := newFigure(c.rows, results.Histograms{}, spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, e := range f.entries {
+			names = append(names, e.name())
+			for _, p := range e.Points {
+				if p.N != 1 {
+					t.Errorf("%s: a point of %d runs of both kernels", e.name(), p.N)
+				}
+			}
+		}
+		if !slices.Equal(names, c.names) || strings.Contains(f.subtitle, "lab kernel") != c.marked {
+			t.Errorf("series %q, want %q; below the title: %q", names, c.names, f.subtitle)
+		}
+	}
+}

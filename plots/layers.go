@@ -337,7 +337,7 @@ func (f *figure) bars(p *plot.Plot) layer {
 			}
 			end := x(m)
 			if !f.spec.Y.Log {
-				c.FillPolygon(r.color, rect(left, mid-half, end, mid+half))
+				r.fill(&c, rect(left, mid-half, end, mid+half))
 			}
 			if l, ok := f.shown(r.CILow); ok {
 				h, _ := f.shown(r.CIHigh)

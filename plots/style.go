@@ -3,6 +3,7 @@ package plots
 import (
 	"image/color"
 	"math"
+	"slices"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/font"
@@ -46,12 +47,13 @@ type style struct {
 	color  color.RGBA
 	dash   []vg.Length
 	marker int
+	lab    bool // made in the lab kernel: its markers and bars are hollow
 }
 
 // styleOf gives the i-th series its style; colours repeat before pairs of colour and dash do.
 func styleOf(i int) style {
 	n := len(okabeIto)
-	return style{okabeIto[i%n], dashes[(i+i/n)%len(dashes)], (i + 2*(i/n)) % markers}
+	return style{color: okabeIto[i%n], dash: dashes[(i+i/n)%len(dashes)], marker: (i + 2*(i/n)) % markers}
 }
 
 // pale is the colour mixed with white, for the thesis's layer.
@@ -112,8 +114,21 @@ func (s style) drawMarker(c *draw.Canvas, at vg.Point, scale float64) {
 	case 6:
 		pts = cross(0.125)
 	}
-	c.FillPolygon(s.color, pts)
+	s.fill(c, pts)
+	if s.lab {
+		return
+	}
 	c.StrokeLines(draw.LineStyle{Color: color.White, Width: 0.45}, append(pts, pts[0]))
+}
+
+// fill fills a polygon in the series's colour; one of the lab kernel is hollow.
+func (s style) fill(c *draw.Canvas, pts []vg.Point) {
+	if !s.lab {
+		c.FillPolygon(s.color, pts)
+		return
+	}
+	c.FillPolygon(color.White, pts)
+	c.StrokeLines(draw.LineStyle{Color: s.color, Width: 0.8}, append(slices.Clone(pts), pts[0]))
 }
 
 // textStyle is a text in the figures' face.

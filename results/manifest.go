@@ -33,7 +33,7 @@ type Manifest struct {
 	Features     json.RawMessage   `json:"features,omitempty"`
 	Links        []json.RawMessage `json:"links,omitempty"`        // qdiscs as read back
 	Calibrations []json.RawMessage `json:"calibrations,omitempty"` // one for each distinct link
-	Parts        []Manifest        `json:"parts,omitempty"`        // of the folders that Merge joined
+	Parts        []Manifest        `json:"parts,omitempty"`        // of the folders that Merge joined, and of sweeps that went on under another kernel
 }
 
 // Host describes the machine. Text is empty where the kernel does not tell.
@@ -43,11 +43,12 @@ type Host struct {
 	CPUs        int     `json:"cpus"`         // that this process may use
 	MemoryBytes int64   `json:"memory_bytes"` // MemTotal
 	Arch        string  `json:"arch"`
-	Kernel      string  `json:"kernel"`    // release
-	OS          string  `json:"os"`        // distribution
-	THP         string  `json:"thp"`       // always, madvise or never
-	THPShmem    string  `json:"thp_shmem"` // the same for tmpfs and memfd
-	Governor    string  `json:"governor"`  // of CPU 0
+	Kernel      string  `json:"kernel"`        // release
+	Lab         string  `json:"lab,omitempty"` // in the lab kernel: the packages that it is made from
+	OS          string  `json:"os"`            // distribution
+	THP         string  `json:"thp"`           // always, madvise or never
+	THPShmem    string  `json:"thp_shmem"`     // the same for tmpfs and memfd
+	Governor    string  `json:"governor"`      // of CPU 0
 	Clocksource string  `json:"clocksource"`
 	Load1       float64 `json:"load1"` // one-minute load average at the start
 }
@@ -75,6 +76,7 @@ func ReadHost() Host {
 		CPUModel: keyed("/proc/cpuinfo", ":", "model name", "Model", "Processor"),
 		CPUs:     runtime.NumCPU(),
 		Arch:     runtime.GOARCH,
+		Lab:      os.Getenv("MEMSYNC_LAB_KERNEL"),
 		OS:       strings.Trim(keyed("/etc/os-release", "=", "PRETTY_NAME"), `"`),
 		THP:      chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
 		THPShmem: chosen("/sys/kernel/mm/transparent_hugepage/shmem_enabled"),

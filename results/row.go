@@ -87,6 +87,12 @@ func (n *Number) UnmarshalJSON(b []byte) error {
 	return err
 }
 
+// LabPrefix begins the kernel column of rows made in the lab kernel.
+const LabPrefix = "lab-"
+
+// Lab reports whether the row was made in the lab kernel.
+func (r Row) Lab() bool { return strings.HasPrefix(r.Kernel, LabPrefix) }
+
 // Row is one observation: the cell it was made in, the run, and one metric.
 // The table columns gives each field's column, unit and meaning.
 type Row struct {

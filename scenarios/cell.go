@@ -62,6 +62,7 @@ type Cell struct {
 	Budget          time.Duration
 	Floors          bool  // measure the yardsticks beside each run
 	Missing         error // why it cannot run here; its runs are recorded as unsupported
+	InLab           bool  // of a figure's cell: means something in the lab kernel, whatever binds it
 	// Strategies has Strategy by its name; nil is those of strategies/all. The
 	// roles must be started by a program that has them too.
 	Strategies strategies.Registry
@@ -195,7 +196,11 @@ func (c *Cell) Resolve() error {
 	if c.Op != "read" && !info.Can(strategies.Writes) {
 		opErr = fmt.Errorf("strategy %s does not write back: %w", c.Strategy, region.ErrNotSupported)
 	}
-	return errors.Join(opErr, c.whole(info, program), madeErr, deviceErr, shaperErr)
+	var labErr error
+	if c.Figure != "" && !c.InLab {
+		labErr = c.LabDistorts()
+	}
+	return errors.Join(opErr, c.whole(info, program), madeErr, deviceErr, shaperErr, labErr)
 }
 
 // whole says what a strategy that other programs are part of cannot serve.
@@ -422,10 +427,13 @@ func (c *Cell) Row() results.Row {
 	}
 }
 
-// Key names the cell within a sweep: equal cells have equal keys, on every machine.
+// Key names the cell within a sweep: equal cells have equal keys, on every machine,
+// but others in the lab kernel.
 func (c *Cell) Key() string {
 	r := c.Row()
-	r.Kernel = ""
+	if r.Kernel = ""; inLab() { // of which the same sweep may have records beside the machine's own
+		r.Kernel = results.LabPrefix
+	}
 	h := fnv.New64a()
 	h.Write([]byte(r.CellKey()))
 	return fmt.Sprintf("%016x", h.Sum64())
@@ -485,8 +493,8 @@ func (c *Cell) Estimate() time.Duration {
 // kernelName is the release of the running kernel; the lab kernel's begins with "lab".
 func kernelName() string {
 	k := results.ReadHost().Kernel
-	if os.Getenv("MEMSYNC_LAB") == "1" {
-		return "lab-" + k
+	if inLab() {
+		return results.LabPrefix + k
 	}
 	return k
 }

@@ -27,6 +27,7 @@ func Figures() []Figure {
 		rttFigures(),
 		thesisFigures(),
 		linkFigures(),
+		labFigures(),
 		collectorFigures(),
 		pullFigures(),
 		deviceFigures(),

@@ -252,12 +252,21 @@ func openResults(s *state, o *runOptions) (*results.Writer, uint64, error) {
 			return nil, 0, exitWith(exitUsage, fmt.Errorf("%s was begun with seed %d; go on with that one, or name another --out", o.out, old.Seed))
 		}
 		o.seed = old.Seed
-		w, err = results.Open(o.out)
+		if w, err = results.Open(o.out); err == nil && newKernel(old, m.Host) {
+			m.Seed, old.Parts = old.Seed, append(old.Parts, m)
+			err = w.WriteManifest(old)
+		}
 	}
 	if err != nil {
 		return nil, 0, exitWith(exitFailed, err)
 	}
 	return w, o.seed, nil
+}
+
+// newKernel reports whether a folder has no records of h's kernel yet.
+func newKernel(m results.Manifest, h results.Host) bool {
+	same := func(m results.Manifest) bool { return m.Host.Kernel == h.Kernel && m.Host.Lab == h.Lab }
+	return !same(m) && !slices.ContainsFunc(m.Parts, same)
 }
 
 // finishManifest adds what the sweep learnt.

@@ -22,6 +22,9 @@ func printFigure(s *state, spec results.FigureSpec, variant string, rows []resul
 		labels = append(labels, spec.X.Column)
 	}
 	labels = append(labels, "shaper")
+	if i := slices.IndexFunc(rows, results.Row.Lab); i >= 0 {
+		labels = append(labels, "kernel")
+	}
 	t, err := table.FromRows(rows, labels, []string{spec.Y.Column})
 	if err != nil {
 		return err

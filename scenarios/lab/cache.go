@@ -42,6 +42,19 @@ type Manifest struct {
 	Bytes    int64             `json:"bytes"` // of all files
 }
 
+// String names the packages, and says whether they are the pinned ones.
+func (m Manifest) String() string {
+	s := "not pinned"
+	if m.Pinned {
+		s = "pinned"
+	}
+	for i := len(m.Packages) - 1; i >= 0; i-- {
+		p := m.Packages[i]
+		s = fmt.Sprintf("%s %s (sha256 %s), %s", p.Name, p.Version, p.SHA256, s)
+	}
+	return s
+}
+
 // Kernel is a lab kernel in the cache, ready to run. It may be used concurrently.
 type Kernel struct {
 	Dir string // its folder: linux, lib/, modules/RELEASE/, manifest.json; it may be moved as a whole

@@ -3,38 +3,98 @@ package lab
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"memsync/netem"
 	"memsync/strategies/device/nbdk"
+	"memsync/strategies/region"
 )
 
-// TestKernelPackages runs the tests that need the kernel's nbd in the lab kernel,
-// where the machine's own has none and they were skipped. There nothing may skip.
+// native says whether the machine's own kernel has what tests need: then they
+// were not skipped there, and the lab need not run them.
+func native(t *testing.T, probe func() error) bool {
+	err := probe()
+	if err != nil && !errors.Is(err, region.ErrNotSupported) && !errors.Is(err, netem.ErrNotSupported) {
+		t.Logf("could not tell what this machine's kernel has: %v", err)
+	}
+	return err == nil
+}
+
+// TestKernelPackages runs in the lab kernel the tests that need the kernel's nbd
+// or netem, where the machine's own has none and they were skipped: those of the
+// packages, the whole conformance suite on the NBD device, and the tests of faults,
+// which check that nothing is left. There nothing may skip but for a reason in skips.
 func TestKernelPackages(t *testing.T) {
 	k := kernel(t)
-	if nbdk.Probe() == nil {
-		t.Skip("this machine's kernel has nbd: the tests ran natively")
-	}
-	for _, pkg := range []string{"strategies/device/nbdk", "strategies/nbddirect"} {
-		t.Run(pkg, func(t *testing.T) {
-			program := filepath.Join(t.TempDir(), "test")
-			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-			defer cancel()
-			build := exec.CommandContext(ctx, "go", "test", "-c", "-o", program, "memsync/"+pkg)
-			build.Env = append(os.Environ(), "CGO_ENABLED=0")
-			if out, err := build.CombinedOutput(); err != nil {
-				t.Fatalf("build: %v\n%s", err, out)
+	nbd, shaped := native(t, nbdk.Probe), native(t, func() error { return netem.Probe(netem.ShaperNetem) })
+	const local = "needs a connection that can be lost" // a case that a mount without a source does not have
+	var builds sync.Map                                 // package -> func() (program string, err error)
+	dir := t.TempDir()
+	guests := make(chan struct{}, max(2, runtime.NumCPU()))
+	for name, tests := range map[string]struct {
+		native          bool
+		pkg, run, skips string
+	}{
+		"nbdk":                  {nbd, "strategies/device/nbdk", "", "\x00"},
+		"nbddirect":             {nbd, "strategies/nbddirect", "", "\x00"},
+		"netem":                 {shaped, "netem", "", "machine too busy"},
+		"conformance, local":    {nbd, "strategies/conformance", "^TestRegistry$/./^nbd$/^local$", local},
+		"conformance, TCP":      {nbd, "strategies/conformance", "^TestRegistry$/./^nbd$/-tcp$", "\x00"},
+		"conformance, Unix":     {nbd, "strategies/conformance", "^TestRegistry$/./^nbd$/-unix$", "\x00"},
+		"conformance, variants": {nbd, "strategies/conformance", "^TestVariants$/./^nbd$", local},
+		"faults":                {nbd, "cmd/memsync", "^Test(Interrupt|InterruptAnywhere|Kill)$/nbd", "\x00"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if tests.native {
+				t.Skip("this machine's kernel has what it needs: the tests ran natively")
 			}
+			t.Parallel()
+			build, _ := builds.LoadOrStore(tests.pkg, sync.OnceValues(func() (string, error) { return build(dir, tests.pkg) }))
+			program, err := build.(func() (string, error))()
+			if err != nil {
+				t.Fatal(err)
+			}
+			guests <- struct{}{}
+			defer func() { <-guests }()
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+			defer cancel()
 			var out bytes.Buffer
-			status, err := k.Run(ctx, Command{Args: []string{program, "-test.v", "-test.timeout=60s"}, Stdout: &out, Stderr: &out})
-			if err != nil || status != 0 || strings.Contains(out.String(), "--- SKIP") {
+			status, err := k.Run(ctx, Command{
+				Args: []string{program, "-test.v", "-test.timeout=280s", "-test.run=" + tests.run},
+				Dir:  folder(t, tests.pkg), Stdout: &out, Stderr: &out,
+			})
+			if err != nil || status != 0 || strings.Count(out.String(), "--- SKIP") > strings.Count(out.String(), tests.skips) ||
+				strings.Contains(out.String(), "no tests to run") {
 				t.Errorf("status %d, %v\n%s", status, err, out.String())
 			}
 		})
 	}
+}
+
+// folder is where go test would run a package's tests.
+func folder(t *testing.T, pkg string) string {
+	dir, err := filepath.Abs(filepath.Join("../..", pkg))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// build makes the test program of a package.
+func build(dir, pkg string) (program string, err error) {
+	program = filepath.Join(dir, strings.ReplaceAll(pkg, "/", "-"))
+	c := exec.Command("go", "test", "-c", "-o", program, "memsync/"+pkg)
+	c.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := c.CombinedOutput(); err != nil {
+		return "", errors.Join(err, errors.New(string(out)))
+	}
+	return program, nil
 }

@@ -6,7 +6,8 @@
 // A command runs in it as root, on the host's files (hostfs), with the caller's
 // environment, working folder, standard streams and exit status. /proc, /sys,
 // /dev, /run and /dev/shm are the guest's own; TMPDIR is a tmpfs; the network is
-// lo alone; MEMSYNC_LAB=1 tells the command where it is.
+// lo alone; MEMSYNC_LAB=1 tells the command where it is, and MEMSYNC_LAB_KERNEL
+// what the kernel is made from.
 //
 // There is one guest CPU and a system call costs about 8 us: measure shaped
 // links up to 1 Gbit/s there, never CPU-bound or fault-bound figures.
@@ -109,6 +110,7 @@ func (k *Kernel) Run(ctx context.Context, c Command) (status int, err error) {
 	if err := prepare(work); err != nil {
 		return 0, err
 	}
+	c.Env = append(slices.Clone(c.Env), "MEMSYNC_LAB_KERNEL="+k.String())
 	return k.boot(ctx, c, work, cpu)
 }
 
