@@ -227,6 +227,9 @@ func runMeasure(s *state, f *pflag.FlagSet, o *measureOptions) error {
 			report.Add(r.Run(s.ctx, it))
 		}
 	} else {
+		if err := o.cell.LabDistorts(); err != nil {
+			fmt.Fprintf(s.stderr, "%s: warning: %v\n", s.program.Name, err)
+		}
 		p.Plan(items)
 		_ = r.Sweep(s.ctx, items, p.Begin, func(out scenarios.Outcome) error {
 			report.Add(out)

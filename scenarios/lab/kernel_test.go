@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -38,7 +37,6 @@ func TestKernelPackages(t *testing.T) {
 	const local = "needs a connection that can be lost" // a case that a mount without a source does not have
 	var builds sync.Map                                 // package -> func() (program string, err error)
 	dir := t.TempDir()
-	guests := make(chan struct{}, max(2, runtime.NumCPU()))
 	for name, tests := range map[string]struct {
 		native          bool
 		pkg, run, skips string
@@ -62,8 +60,6 @@ func TestKernelPackages(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			guests <- struct{}{}
-			defer func() { <-guests }()
 			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 			defer cancel()
 			var out bytes.Buffer

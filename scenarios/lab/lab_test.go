@@ -237,9 +237,12 @@ func child() int {
 	if err != nil {
 		panic(err)
 	}
-	_, err = k.Run(context.Background(), Command{Args: []string{"sh", "-c", "echo up; sleep 100"}, Stdout: os.Stdout})
-	fmt.Fprintln(os.Stderr, err)
-	return 1
+	status, err := k.Run(context.Background(), Command{Args: []string{"sh", "-c", os.Getenv("LAB_TEST_SCRIPT")}, Stdout: os.Stdout, Stderr: os.Stderr})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return status
 }
 
 func TestSIGKILL(t *testing.T) {
@@ -248,7 +251,7 @@ func TestSIGKILL(t *testing.T) {
 	t.Setenv("TMPDIR", tmp)
 	cache, _ := CacheDir(os.Getenv)
 	c := exec.Command("/proc/self/exe")
-	c.Env = append(os.Environ(), "LAB_TEST_CHILD="+cache)
+	c.Env = append(os.Environ(), "LAB_TEST_CHILD="+cache, "LAB_TEST_SCRIPT=echo up; sleep 100")
 	out, err := c.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)

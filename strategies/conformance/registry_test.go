@@ -8,6 +8,7 @@ import (
 	"memsync/strategies/all"
 	"memsync/strategies/conformance"
 	"memsync/strategies/region"
+	"memsync/strategies/transport/nbd"
 )
 
 func TestMain(m *testing.M) { conformance.Main(m) }
@@ -72,6 +73,8 @@ func TestVariants(t *testing.T) {
 		{"managed-mount", "fuse", "small-cache", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"cache=64KiB"}}},
 		{"managed-mount", "fuse", "small-file-cache", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"cache=64KiB", "cache_kind=file"}}},
 		{"direct-mount", "fuse", "no-read-ahead", conformance.Factory{Settings: []string{"read_ahead=0", "writeback=true"}}},
+		{"direct-mount", "nbd", "netlink", conformance.Factory{Settings: []string{"nbd_setup=netlink", "nbd_ready=uevent", "nbd_connections=2"}}},
+		{"nbd-direct", "nbd", "netlink", conformance.Factory{Transport: &nbd.Transport{}, Network: "tcp", Settings: []string{"nbd_setup=netlink", "nbd_timeout=1s", "nbd_connections=1"}}},
 	} {
 		t.Run(v.strategy+"/"+v.device+"/"+v.name, func(t *testing.T) {
 			s, err := all.Registry().Get(v.strategy)
