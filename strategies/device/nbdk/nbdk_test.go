@@ -409,13 +409,18 @@ func TestStoreFails(t *testing.T) {
 }
 
 // TestServerDies: whoever waits for a device whose server is gone, or does not
-// answer, gets an error; the device can be closed.
+// answer, gets an error; the device can be closed. (By netlink, what was in flight
+// waits for nbd_timeout.)
 func TestServerDies(t *testing.T) {
 	need(t)
 	for _, setup := range []string{"netlink", "ioctl"} {
-		for _, hang := range []bool{false, true} {
+		for _, how := range []string{"is gone", "hangs", "goes with a request in flight"} {
+			timeout := "nbd_timeout=1s"
+			if how != "hangs" && setup == "ioctl" {
+				timeout = "nbd_timeout=1m"
+			}
 			m := &memory{b: pattern(1 << 20)}
-			m.hang.Store(hang)
+			m.hang.Store(how != "is gone")
 			serve, kill := context.WithCancel(t.Context())
 			defer kill()
 			ours, theirs, err := socketPair()
@@ -429,23 +434,35 @@ func TestServerDies(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			d, err := Connect(t.Context(), []net.Conn{theirs}, e, Options{Params: params(t, "nbd_setup="+setup, "nbd_timeout=1s")})
+			d, err := Connect(t.Context(), []net.Conn{theirs}, e, Options{Params: params(t, "nbd_setup="+setup, timeout)})
 			if err != nil {
 				t.Fatal(err)
 			}
-			if !hang {
+			if how == "is gone" {
 				kill()
 				server.Wait()
 			}
 			start := time.Now()
 			c := role(t, "read", d.Path())
-			c.Stderr = nil
+			var got bytes.Buffer
+			c.Stderr, c.Stdout = nil, &got
+			if err := c.Start(); err != nil {
+				t.Fatal(err)
+			}
+			if how == "goes with a request in flight" {
+				within(t, "a read is in flight", func() bool {
+					b, _ := os.ReadFile(d.sysfs("inflight"))
+					return !strings.HasPrefix(strings.TrimSpace(string(b)), "0")
+				})
+				kill()
+				server.Wait()
+			}
 			// By ioctl, a device whose server left is empty: end of file.
-			if got, err := c.Output(); err == nil && len(got) != 0 {
-				t.Errorf("%s, hang %v: %d bytes were read without a server", setup, hang, len(got))
+			if err := c.Wait(); err == nil && got.Len() != 0 {
+				t.Errorf("%s, the server %s: %d bytes were read", setup, how, got.Len())
 			}
 			if took := time.Since(start); took > 8*time.Second {
-				t.Errorf("%s, hang %v: the reader waited %v", setup, hang, took)
+				t.Errorf("%s, the server %s: the reader waited %v", setup, how, took)
 			}
 			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 			_ = d.Close(ctx) // may say that nothing could be written back
