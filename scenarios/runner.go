@@ -206,7 +206,6 @@ func (c *Cell) linkKey() linkKey {
 	return k
 }
 
-<<<<<<< HEAD
 // touchedMemory is the most that is touched before a run, in bytes.
 const touchedMemory = 1 << 30
 
@@ -216,21 +215,11 @@ const touchedMemory = 1 << 30
 // more: 1.4 s for 512 MiB, against 0.13 s. So this goes before each run: twice the
 // region, for a cache and the kernel's page cache.
 func (r *run) touchMemory() error {
-	defer r.yardstick()()
-	m, err := unix.Mmap(-1, 0, int(min(2*r.cell.Size, touchedMemory)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
-=======
-// touchMemory makes the kernel back the memory that runs will need: the first
-// touch of a virtual machine's memory costs several times more than later ones.
-func (r *Runner) touchMemory(size int64) error {
-	if r.touched {
-		return nil
-	}
-	r.touched = true
 	if inLab() {
 		return nil // a touch costs 20 us there, the first and all others, and there is less memory
 	}
-	m, err := unix.Mmap(-1, 0, int(min(4*size, 2<<30)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
->>>>>>> b3024c0 (Lab kernel: its rows are marked in plots and tables, what it distorts is refused, make test runs conformance, netem and faults in it; figure latency-polling-udev-1)
+	defer r.yardstick()()
+	m, err := unix.Mmap(-1, 0, int(min(2*r.cell.Size, touchedMemory)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
 		return fmt.Errorf("touch the memory budget: %w", err)
 	}
