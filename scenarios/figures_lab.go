@@ -1,11 +1,36 @@
 package scenarios
 
-import "memsync/results"
+import (
+	"slices"
+	"strings"
+
+	"memsync/results"
+)
 
 // labFigures are those of the kernel's NBD device alone. Where the machine's
 // kernel has none, they are made in the lab kernel (memsync lab -- memsync run).
 func labFigures() []Figure {
-	return []Figure{readyFigure()}
+	figures := []Figure{readyFigure()}
+	for _, f := range rttFigures() {
+		figures = append(figures, onNBD(f))
+	}
+	return figures
+}
+
+// onNBD is a figure with all mounts on the kernel's NBD device, as in the thesis.
+func onNBD(f Figure) Figure {
+	cells := f.Cells
+	f.More = nil
+	f.Spec.Name = strings.TrimSuffix(f.Spec.Name, "-1") + "-nbd"
+	f.Spec.Title += ", on kernel NBD"
+	f.Cells = func(variant string, quick bool) []*Cell {
+		mounts := slices.DeleteFunc(cells(variant, quick), func(c *Cell) bool { return isBaseline(c.Strategy) || c.Strategy == "userfaultfd" })
+		for _, c := range mounts {
+			c.Figure, c.Device = f.Spec.Name, "nbd"
+		}
+		return mounts
+	}
+	return f
 }
 
 // readyFigure asks how a device's user should learn that it is ready.
