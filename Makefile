@@ -4,10 +4,12 @@ GO ?= go
 LAB ?= 1
 RUNS ?= 6
 OUT ?= results/out/bench
+FUZZTIME ?= 30s
+FUZZPKG ?= ./...
 FIGURES := latency-first-chunk-rttvar-1 throughput-rttvar-1
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: bench test build race lint fmt fuzz clean help peers peers-test
+.PHONY: bench bench-nbd test build race lint fmt fuzz clean help peers peers-test
 
 bench: build ## the main job: two figures, quick form, on a real shaped link (minutes)
 	bin/memsync doctor
@@ -38,6 +40,16 @@ peers: ## bin/memsync-peers: memsync with other projects' programs as strategies
 peers-test: build peers ## vet, staticcheck and tests of the peers' module (needs gcc)
 	cd strategies/peers && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...
 	cd strategies/peers && LAB=$(LAB) $(GO) test -p 1 -count=1 ./...
+
+fuzz: ## every fuzz target in turn, each for FUZZTIME (a release: FUZZTIME=10m); FUZZPKG=./strategies/transport/nbd for one package
+	@set -e; for p in $$($(GO) list $(FUZZPKG)); do \
+		for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz' || true); do \
+			echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p; \
+		done; \
+	done
+
+bench-nbd: ## our NBD server and client beside nbdkit's and nbdcopy, in turn, and the ratios of docs/nbd-interop.md
+	MEMSYNC_MUST_RUN=nbd-interop $(GO) test -run '^$$' -bench '^BenchmarkInterop$$' -benchtime 10x ./strategies/transport/nbd
 
 fmt:
 	gofmt -w .

@@ -440,10 +440,14 @@ func (t *Transport) List(ctx context.Context, conn net.Conn) (names []string, er
 	if err != nil {
 		return nil, fmt.Errorf("list NBD exports: %w", err)
 	}
+	total := 0
 	r, err := l.replies(optList, func(r optReply) error {
 		name, _, ok := takeString(r.data)
 		if r.typ != repServer || !ok {
 			return protocolError("reply of type %d and %d bytes to %v", r.typ, len(r.data), optList)
+		}
+		if total += len(name); total > maxListed {
+			return protocolError("names of more than %d bytes in reply to %v", maxListed, optList)
 		}
 		names = append(names, name)
 		return nil

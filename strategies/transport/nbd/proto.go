@@ -147,12 +147,13 @@ const (
 
 // Limits. A length beyond its limit is refused before memory is taken for it.
 const (
-	maxString      = 4096    // of a name, query or message (proto.md, "Conventions")
-	maxOption      = 1 << 16 // data of one option; more is skipped and answered with TOO_BIG
-	maxOptionSkip  = 1 << 20 // beyond this the peer is cut off
-	maxOptions     = 1024    // options of one handshake
-	maxOptReply    = 1 << 16 // data of one option reply
-	maxOptReplies  = 1 << 16 // replies to one option
+	maxString      = 4096     // of a name, query or message (proto.md, "Conventions")
+	maxOption      = 1 << 16  // data of one option; more is skipped and answered with TOO_BIG
+	maxOptionSkip  = 1 << 20  // beyond this the peer is cut off
+	maxOptions     = 1024     // options of one handshake
+	maxOptReply    = 1 << 16  // data of one option reply
+	maxOptReplies  = 1 << 16  // replies to one option
+	maxListed      = 16 << 20 // bytes of all names in a list
 	maxPayload     = 32 << 20
 	maxStatusChunk = 4 + 8*(1<<20) // bytes of a block status chunk that a client takes
 	maxExtents     = 1 << 12       // that our server sends in one chunk
