@@ -104,9 +104,9 @@ func (m *uffdMount) ServeFaults(f *os.File, base uintptr) error {
 	}
 	m.file, m.ended = f, make(chan struct{})
 	fd := mapper.UFFD(f.Fd()) // it is the library's until the handler ends
-	// The library's own userfaultfd blocks: poll(2) returns at once and read(2)
-	// waits, which no signal ends. Non-blocking, it is the other way round.
-	if err := unix.SetNonblock(int(fd), true); err != nil {
+	// As the library's own: poll(2) returns at once then, and read(2) waits.
+	// Non-blocking, a fault that is gone by the time of the read ends the handler.
+	if err := unix.SetNonblock(int(fd), false); err != nil {
 		return errors.Join(fmt.Errorf("userfaultfd: %w", err), f.Close())
 	}
 	go func() {
@@ -138,8 +138,9 @@ func (m *uffdMount) Stats() strategies.Stats {
 	return strategies.Stats{Faults: m.faults.Load(), DemandRequests: m.faults.Load(), DemandBytes: m.bytes.Load()}
 }
 
-// Close ends the handler. The library has no call for that: it waits in poll(2)
-// until a signal interrupts it (EINTR, which ends it).
+// Close ends the handler. The library has no call for that: it waits in read(2),
+// which a signal interrupts and the kernel begins again; non-blocking by then, it
+// returns, and the handler with it.
 func (m *uffdMount) Close(context.Context) error {
 	m.mu.Lock()
 	if m.closed {
@@ -150,6 +151,9 @@ func (m *uffdMount) Close(context.Context) error {
 	ended := m.ended
 	m.mu.Unlock()
 	m.cancel()
+	if ended != nil {
+		_ = unix.SetNonblock(int(m.file.Fd()), true)
+	}
 	for ended != nil {
 		if tid := m.thread.Load(); tid != 0 {
 			_ = unix.Tgkill(unix.Getpid(), int(tid), unix.SIGURG) // the Go runtime's own, harmless elsewhere

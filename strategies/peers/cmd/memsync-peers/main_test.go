@@ -15,9 +15,10 @@ import (
 	"memsync/strategies/peers"
 )
 
-// TestMain makes this binary be memsync-peers where it is called by that name.
+// TestMain makes this binary be memsync-peers where it is called by that name, or
+// by the one under which it starts itself (roles, the lab's init).
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"memsync-peers": main})
+	testscript.Main(m, map[string]func(){"memsync-peers": main, "memsync": main})
 }
 
 // TestScripts runs testdata/script with the real program. The condition lab is
