@@ -66,7 +66,7 @@ func comparison(name, title string, all []contender, x results.Axis, conds ...co
 	}
 	return scenarios.Figure{
 		Spec: picture("", "rate from open to the last byte", results.Axis{Column: "link_utilisation", Label: "Rate by that of one TCP stream", Log: true},
-			"Read of 64 MiB, 4 KiB a touch, at 1 Gbit/s, for at most 2 s; opening counts, and so does a download before it."),
+			"4 KiB a touch, at 1 Gbit/s, until all is read or the time budget ends; opening counts, and so does a download before it."),
 		More: []results.FigureSpec{
 			picture("-throughput", "read throughput", results.Axis{Column: "throughput", Label: "Read throughput", Unit: "MiB/s", Scale: 1.0 / (1 << 20), Log: true},
 				"From the first load to the last byte: what was downloaded before is read from memory."),
