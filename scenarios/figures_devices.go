@@ -93,7 +93,7 @@ func oneDeviceManyFiles() Figure {
 	const name = "one-device-many-files"
 	f := Figure{Spec: results.FigureSpec{
 		Name: name, Title: "k mapped files on one ext4 device, or k devices", Kind: results.FigureLine,
-		X:    results.Axis{Column: "params.files", Label: "Mapped files or devices"},
+		X:    results.Axis{Column: "params.files", Label: "Mapped files or devices", Category: true},
 		Y:    results.Axis{Column: "time_to_last_byte", Label: "Open to last byte", Unit: "ms", Scale: 1e3},
 		Keys: []string{"device", "params.file_system"}, Series: []results.FigureSeries{
 			{Key: "fuse/none", Label: "k devices, FUSE"},
@@ -139,7 +139,7 @@ func concurrentAccess() Figure {
 	const name = "concurrent-access"
 	f := Figure{Spec: results.FigureSpec{
 		Name: name, Title: "Sequential reads by several threads", Kind: results.FigureLine,
-		X:     results.Axis{Column: "params.threads", Label: "Threads"},
+		X:     results.Axis{Column: "params.threads", Label: "Threads", Category: true},
 		Y:     results.Axis{Column: "throughput", Label: "Read throughput", Unit: "MiB/s", Scale: 1.0 / (1 << 20), Log: true},
 		Where: map[string][]string{"access": {"seq"}},
 		Keys:  []string{"strategy", "device"}, Series: mounts(),
@@ -185,7 +185,7 @@ func partialWrites() Figure {
 	const name = "partial-chunk-writes"
 	f := Figure{Spec: results.FigureSpec{
 		Name: name, Title: "Partial-chunk writes: bytes pushed for each written", Kind: results.FigureLine,
-		X:    results.Axis{Column: "chunk_bytes", Label: "Chunk", Unit: "bytes", Category: true},
+		X:    results.Axis{Column: "chunk_bytes", Label: "Chunk", Category: true},
 		Y:    results.Axis{Column: "pushed_per_written", Label: "Bytes pushed by bytes written", Log: true},
 		Keys: []string{"device", "access"}, Series: []results.FigureSeries{
 			{Key: "uffd/random:4KiB", Label: "userfaultfd, 4 KiB at random"},
