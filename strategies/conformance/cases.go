@@ -349,11 +349,11 @@ func (s suite) TestStalledRead(t *testing.T) {
 
 // TestStalledReadDeadline: the device's deadline, where it has one, ends a read of a stalled source.
 func (s suite) TestStalledReadDeadline(t *testing.T) {
-	name, deadline, more := "", deadline, ""
+	name, deadline, more := "", deadline, []string(nil)
 	for _, p := range s.Strategy.Info().Params {
 		switch {
-		case s.Device == "nbd" && p.Name == "nbd_timeout": // whole seconds, for each connection
-			name, deadline, more = p.Name, time.Second, "nbd_connections=1"
+		case s.Device == "nbd" && p.Name == "nbd_timeout": // whole seconds, for each connection; a new one would ask again
+			name, deadline, more = p.Name, time.Second, []string{"nbd_connections=1", "nbd_dead_timeout=0s"}
 		case s.Device != "nbd" && (p.Name == "request_timeout" || p.Name == "deadline"):
 			name = p.Name
 		}
@@ -365,7 +365,7 @@ func (s suite) TestStalledReadDeadline(t *testing.T) {
 	source := storetest.Seeded(region.Content{Seed: 6}, 8*s.chunk())
 	f := storetest.NewFaulty(source)
 	f.Stall(storetest.Read)
-	g := s.mount(t, f, nil, "pull_first=0", name+"="+deadline.String(), more)
+	g := s.mount(t, f, nil, append(more, "pull_first=0", name+"="+deadline.String())...)
 	g.ended = true // a mount may report the error once more when it is closed
 	begun := time.Now()
 	if _, err := g.read(ctx, 5, 100); !errors.Is(err, errAccess) {

@@ -257,10 +257,10 @@ func (d *Device) byIoctl(ctx context.Context, s settings) error {
 			return
 		}
 		err := blockIoctl(fd, ioctlDoIt, 0)
-		// All connections are gone. What was in flight would wait for nbd_timeout.
+		d.noteLost(fmt.Errorf("%s: all connections were lost: %w", d.Path(), region.ErrPeerGone)) // unless detached: then nobody asks
+		// What is in flight would wait for nbd_timeout.
 		_ = blockIoctl(fd, ioctlClearSock, 0)
 		_ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
-		d.noteLost(fmt.Errorf("%s: all connections were lost: %w", d.Path(), region.ErrPeerGone)) // unless detached: then nobody asks
 		ended <- err
 	}()
 	d.detach = func(ctx context.Context) error {
