@@ -77,6 +77,8 @@ var metrics = [...]Metric{
 	{"local_bytes", "B", Neither, false, "open start", "end of the measured section", "Region bytes that the destination's cache holds, in whole chunks."},
 	{"bytes_resident", "B", Neither, false, "open start", "end of the measured section", "Region bytes that a server of userfaultfd has filled."},
 	{"dirty_bytes", "B", Neither, false, "open start", "end of the measured section", "Bytes in chunks that wait to be pushed."},
+	{"zero_bytes", "B", Neither, false, "open start", "end of the measured section", "Region bytes that did not cross the link since they were known to be zero."},
+	{"duplicate_bytes", "B", Neither, false, "open start", "end of the measured section", "Region bytes that did not cross the link since the cache had a chunk of the same digest."},
 	{"dropped_pull_bytes", "B", Lower, false, "open start", "end of the measured section", "Bytes pulled in vain: written, or pulled by another, meanwhile."},
 	{"evicted_bytes", "B", Neither, false, "open start", "end of the measured section", "Bytes that left a bounded cache to make room, in whole chunks."},
 	{"repeated_requests", "count", Lower, false, "open start", "end of the measured section", "Requests made again because the first took long."},

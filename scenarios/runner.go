@@ -698,6 +698,7 @@ func (r *run) stats(s strategies.Stats) {
 		v["read_per_written"] = float64(s.DemandBytes+s.PrefetchBytes) / done
 		v["pushed_per_written"] = float64(s.PushBytes) / done
 	}
+	v["payload_bytes"] -= v["zero_bytes"] + v["duplicate_bytes"]
 }
 
 // verify compares what was read, and after writes what the source has, with

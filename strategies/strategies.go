@@ -98,6 +98,13 @@ type Server interface {
 	Close() error
 }
 
+// Beside is what a Remote may also be: one whose source has regions beside the
+// one that Open opens. OpenBeside opens the one whose name is that region's with
+// suffix behind it, read-only; region.ErrMissing where there is none. The caller closes it.
+type Beside interface {
+	OpenBeside(ctx context.Context, suffix string) (region.Store, error)
+}
+
 // Options say how to mount.
 type Options struct {
 	Device      string // one of Info.Devices

@@ -81,6 +81,16 @@ func (r remote) Open(ctx context.Context) (region.Store, error) {
 	return chunk.Split(s, chunk.SplitDestination, r.params), nil
 }
 
+// OpenBeside implements strategies.Beside.
+func (r remote) OpenBeside(ctx context.Context, suffix string) (region.Store, error) {
+	if r.local != nil {
+		return nil, fmt.Errorf("transport local has nothing beside the region: %w", region.ErrNotSupported)
+	}
+	o := r.options
+	o.Name, o.Connections, o.ReadOnly = o.Name+suffix, 1, true
+	return r.transport.Open(ctx, r.dialer, o)
+}
+
 func (r remote) Dial(ctx context.Context) (net.Conn, error) {
 	if r.local != nil {
 		return nil, fmt.Errorf("transport local has no connections: %w", region.ErrNotSupported)

@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"math/rand/v2"
 	"sync"
+	"testing"
+	"testing/synctest"
 	"time"
 
 	"memsync/strategies/region"
@@ -60,4 +62,10 @@ func (j jitter) WriteAt(ctx context.Context, p []byte, off int64) error {
 	j.pause()
 	defer j.pause()
 	return j.Store.WriteAt(ctx, p, off)
+}
+
+// synctestRun runs f as a subtest in simulated time.
+func synctestRun(t *testing.T, name string, f func(*testing.T)) {
+	t.Helper()
+	t.Run(name, func(t *testing.T) { synctest.Test(t, f) })
 }

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -51,6 +52,7 @@ func params() []param.Spec {
 		{Name: "order_seed", Kind: param.KindInt, Default: "1", Doc: "of order=random"},
 		{Name: "pull_first", Kind: param.KindSize, Default: "128KiB", Doc: "bytes at the region's start that are pulled first, and local once the mount is open"},
 		{Name: "pull_during_open", Kind: param.KindBool, Default: "true", Doc: "background pulls start while the device is being opened; false: once it is open"},
+		{Name: "known", Kind: param.KindEnum, Default: "holes", Values: []string{"none", "holes", "same"}, Doc: "what need not cross the wire: holes by block status; same: also chunks whose digest is that of one in the cache"},
 		{Name: "record", Kind: param.KindString, Doc: "file that gets the trace of what the device asked for when the mount is closed, for order=trace:FILE"},
 		{Name: "extent", Kind: param.KindSize, Default: "512KiB", Min: 4096, Max: 32 << 20, Doc: "most bytes in one request, pull or push"},
 		{Name: "window", Kind: param.KindSize, Default: "8MiB", Max: 1 << 30, Doc: "bytes of background pulls in flight; at least bandwidth x RTT fills the link; 0 is pull workers x extent, within a window of the transport that follows the path"},
@@ -85,7 +87,47 @@ func (Strategy) Info() strategies.Info {
 
 // Serve hands the connection to the transport: the source only reads and writes.
 func (Strategy) Serve(ctx context.Context, t transport.Transport, conn net.Conn, e transport.Exports, _ param.Values) error {
-	return t.Serve(ctx, conn, e)
+	return t.Serve(ctx, conn, digestExports{e})
+}
+
+// digestSuffix, and the chunk's size in bytes, make the name of the export that
+// has the digests of another's chunks (chunk.Digests).
+const digestSuffix = ".digests-"
+
+// digestExports offers beside each export the digests of its chunks.
+type digestExports struct{ transport.Exports }
+
+// Open implements transport.Exports.
+func (e digestExports) Open(name string) (region.Store, error) {
+	s, err := e.Exports.Open(name)
+	i := strings.LastIndex(name, digestSuffix)
+	if i < 0 || !errors.Is(err, region.ErrMissing) {
+		return s, err
+	}
+	size, bad := strconv.ParseInt(name[i+len(digestSuffix):], 10, 64)
+	if bad != nil || region.CheckChunk(size) != nil || size > maxDigestChunk {
+		return nil, err
+	}
+	if s, err = e.Exports.Open(name[:i]); err != nil {
+		return nil, err
+	}
+	return chunk.NewDigests(s, size)
+}
+
+// maxDigestChunk bounds the memory that a client can make a source take for a digest.
+const maxDigestChunk = 64 << 20
+
+// openDigests opens the export of the digests beside the region.
+func openDigests(ctx context.Context, r strategies.Remote, size int64) (region.Store, error) {
+	b, ok := r.(strategies.Beside)
+	if !ok {
+		return nil, fmt.Errorf("known=same needs a source across a link: %w", region.ErrNotSupported)
+	}
+	s, err := b.OpenBeside(ctx, digestSuffix+strconv.FormatInt(size, 10))
+	if errors.Is(err, region.ErrMissing) {
+		err = fmt.Errorf("known=same needs a source that offers digests (memsync's): %w: %w", err, region.ErrNotSupported)
+	}
+	return s, err
 }
 
 // Mount opens the remote region, starts to pull it, and opens a device on the
@@ -101,8 +143,17 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 			err = errors.Join(err, m.Close(ctx))
 		}
 	}()
+	background, stop := context.WithCancel(region.WithClass(context.WithoutCancel(ctx), region.Prefetch))
+	m.stopPulling = stop
+	var opening errgroup.Group
+	if p.Text("known") == "same" {
+		opening.Go(func() (err error) {
+			m.digests, err = openDigests(ctx, r, o.Chunk)
+			return err
+		})
+	}
 	m.remote, err = chunk.OpenAgain(ctx, r.Open, func() { m.pusher.Lost() })
-	if err != nil {
+	if err = errors.Join(err, opening.Wait()); err != nil {
 		return nil, fmt.Errorf("open the remote region: %w", err)
 	}
 	size := m.remote.Size()
@@ -117,7 +168,19 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		m.cache = &backend.Slow{Store: m.cache, Delay: delay, Rate: rate}
 	}
 	extent, window := max(p.Size("extent"), o.Chunk), p.Size("window")
-	syncer, err := chunk.NewSyncer(m.remote, m.cache, o.Chunk, extent)
+	var remote region.Store = m.remote
+	if p.Text("known") != "none" {
+		if m.known, err = chunk.NewKnown(m.remote, m.cache, o.Chunk); err != nil {
+			return nil, err
+		}
+		remote = m.known
+		// What is not learnt crosses the wire, so that an error is no reason to fail.
+		m.learning.Go(func() { _ = m.known.Holes(background, m.remote) })
+		if m.digests != nil {
+			m.learning.Go(func() { _ = m.known.Same(background, m.digests) })
+		}
+	}
+	syncer, err := chunk.NewSyncer(remote, m.cache, o.Chunk, extent)
 	if err != nil {
 		return nil, err
 	}
@@ -131,10 +194,8 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		SyncWorkers: max(syncWorkers, o.PushWorkers),
 	})
 	var wanted order.Order
-	pullCtx, stopPulling := context.WithCancel(context.WithoutCancel(ctx))
-	m.stopPulling = stopPulling
 	if name := p.Text("order"); name == order.FormatName {
-		wanted = format.Order(pullCtx, m.pusher)
+		wanted = format.Order(background, m.pusher)
 	} else if wanted, err = order.Parse(name, size, uint64(p.Int("order_seed"))); err != nil {
 		return nil, err
 	}
@@ -257,7 +318,11 @@ type mount struct {
 	recorder    *order.Recorder
 	readOnly    bool
 	preemptive  int64
-	stopPulling func() // ends what an order still reads
+	stopPulling func() // ends what an order still reads, and learning
+
+	known    *chunk.Known // nil: nothing is known beforehand
+	digests  region.Store // of the source's chunks; nil where they are not used
+	learning sync.WaitGroup
 
 	closing  sync.Once
 	closed   chan struct{}
@@ -299,6 +364,10 @@ func (m *mount) Stats() strategies.Stats {
 	if m.memory != nil {
 		faults = m.memory.Stats().Faults
 	}
+	var zero, same int64
+	if m.known != nil {
+		zero, same = m.known.Saved()
+	}
 	return strategies.Stats{
 		Faults:         faults,
 		DemandRequests: s.DemandRequests, DemandBytes: s.DemandBytes,
@@ -308,6 +377,7 @@ func (m *mount) Stats() strategies.Stats {
 		PreemptiveBytes: m.preemptive,
 		Extra: map[string]int64{
 			"local_bytes": m.pusher.LocalBytes(), "dirty_bytes": m.pusher.DirtyBytes(),
+			"zero_bytes": zero, "duplicate_bytes": same,
 			"dropped_pull_bytes": s.DroppedBytes, "evicted_bytes": m.pusher.Evicted(), "repeated_requests": s.Repeated,
 			"pull_retries": m.puller.Retries(), "push_failures": failures,
 			"device_reads": d.ReadRequests, "device_writes": d.WriteRequests, "device_flushes": d.Flushes, "device_errors": d.Errors,
@@ -336,13 +406,17 @@ func (m *mount) Close(ctx context.Context) error {
 func (m *mount) close(ctx context.Context) (err error) {
 	if m.stopPulling != nil {
 		m.stopPulling()
+		m.learning.Wait()
+	}
+	if m.digests != nil {
+		err = m.digests.Close()
 	}
 	if m.puller != nil {
 		m.puller.Close()
 	}
 	if m.dev != nil {
-		if err = m.dev.Close(ctx); err != nil {
-			err = errors.Join(err, m.dev.Err())
+		if e := m.dev.Close(ctx); e != nil {
+			err = errors.Join(err, e, m.dev.Err())
 		}
 	}
 	if m.recorder != nil {
