@@ -128,7 +128,7 @@ func (c *Cell) Resolve() error {
 		return madeErr
 	}
 	if madeErr != nil {
-		c.Size = max(c.Size, 1)
+		c.Size = max(c.Size, inputs.Size)
 	} else if c.Input != "" {
 		fi, err := os.Stat(c.real(c.Input))
 		switch {

@@ -31,8 +31,8 @@ const Prefix = "made:"
 // version is raised when what is made changes.
 const version = "1"
 
-// size is about how large the files are, bytes.
-const size = 64 << 20
+// Size is about how large the files are, bytes.
+const Size = 64 << 20
 
 // Input is a file that can be made, and programs that read it.
 type Input struct {
@@ -200,7 +200,7 @@ func makeZip(_ context.Context, _, file string) (err error) {
 		if err != nil {
 			return err
 		}
-		if _, err := io.CopyN(e, r, size/zipMembers); err != nil {
+		if _, err := io.CopyN(e, r, Size/zipMembers); err != nil {
 			return err
 		}
 	}

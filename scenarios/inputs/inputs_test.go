@@ -24,7 +24,7 @@ func TestPath(t *testing.T) {
 				t.Fatal(err)
 			}
 			fi, err := os.Stat(file)
-			if err != nil || fi.Size() < size*3/4 || fi.Size() > size*2 {
+			if err != nil || fi.Size() < Size*3/4 || fi.Size() > Size*2 {
 				t.Fatalf("%d bytes, %v", fi.Size(), err)
 			}
 			var traces [2]string
