@@ -1,0 +1,347 @@
+// Package services starts the real servers that backends talk to, on loopback of
+// the network namespace that it is called in: Redis (Debian's redis-server), an
+// S3 server (versitygw, built from Go modules) and Cassandra.
+//
+// A server dies with the process that started it, and its data are below a
+// folder of the caller.
+package services
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"memsync/strategies/region"
+)
+
+// Endpoint is how a client reaches a server. Credentials are made anew for each
+// start; they must not enter a record.
+type Endpoint struct {
+	Kind     string `json:"kind"` // one of Kinds
+	Addr     string `json:"addr"` // host:port
+	User     string `json:"user"`
+	Password string `json:"password"`
+	Bucket   string `json:"bucket"` // of S3; keyspace of Cassandra
+	Version  string `json:"version"`
+}
+
+// kind is one sort of server.
+type kind struct {
+	name string
+	// find returns the program, or an error that matches region.ErrNotSupported
+	// and names what would mend it. It may build or fetch it.
+	find func(ctx context.Context, log func(string)) (program string, err error)
+	// command makes the process that serves e below dir.
+	command func(program, dir string, e Endpoint) (*exec.Cmd, error)
+	// ready returns nil once the server answers; it is asked again until then.
+	ready   func(ctx context.Context, e Endpoint) error
+	version func(ctx context.Context, program string) string
+	start   time.Duration // how long it may take to be ready
+}
+
+func kinds() []kind { return []kind{redisServer(), s3Server()} }
+
+// Kinds lists the servers that Start knows.
+func Kinds() []string {
+	var names []string
+	for _, k := range kinds() {
+		names = append(names, k.name)
+	}
+	return names
+}
+
+func byName(name string) (kind, error) {
+	i := slices.IndexFunc(kinds(), func(k kind) bool { return k.name == name })
+	if i < 0 {
+		return kind{}, fmt.Errorf("unknown service %q; valid: %s", name, strings.Join(Kinds(), ", "))
+	}
+	return kinds()[i], nil
+}
+
+// Service is a server that runs.
+type Service struct {
+	Endpoint
+	cmd    *exec.Cmd
+	log    *tail
+	ended  chan struct{}
+	err    error // of the process, once ended
+	closed sync.Once
+}
+
+// Start starts a server and waits until it answers. dir is an existing folder
+// for its data, which the caller removes after Close. run starts the command,
+// in a namespace say; nil is exec.Cmd.Start. log, which may be nil, is told of
+// what takes long. Where the server cannot be had the error matches
+// region.ErrNotSupported.
+func Start(ctx context.Context, name, dir string, run func(*exec.Cmd) error, log func(string)) (*Service, error) {
+	k, err := byName(name)
+	if err != nil {
+		return nil, err
+	}
+	if log == nil {
+		log = func(string) {}
+	}
+	if run == nil {
+		run = (*exec.Cmd).Start
+	}
+	wrap := func(err error) error { return fmt.Errorf("start %s: %w", name, err) }
+	program, err := k.find(ctx, log)
+	if err != nil {
+		return nil, wrap(err)
+	}
+	port, err := freePort(ctx)
+	if err != nil {
+		return nil, wrap(err)
+	}
+	e := Endpoint{Kind: name, Addr: net.JoinHostPort("127.0.0.1", port), User: "memsync", Password: secret(), Bucket: "memsync",
+		Version: k.version(ctx, program)}
+	cmd, err := k.command(program, dir, e)
+	if err != nil {
+		return nil, wrap(err)
+	}
+	s := &Service{Endpoint: e, cmd: cmd, log: &tail{}, ended: make(chan struct{})}
+	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, s.log, s.log
+	cmd.WaitDelay = time.Second
+	// Its own process group: a Ctrl-C is for memsync, which then ends it.
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Setpgid, cmd.SysProcAttr.Pdeathsig = true, syscall.SIGKILL
+	if err := run(cmd); err != nil {
+		return nil, wrap(err)
+	}
+	go func() {
+		s.err = cmd.Wait()
+		close(s.ended)
+	}()
+	if err := s.wait(ctx, k); err != nil {
+		return nil, errors.Join(wrap(err), s.Close())
+	}
+	return s, nil
+}
+
+func (s *Service) wait(ctx context.Context, k kind) error {
+	ctx, cancel := context.WithTimeout(ctx, k.start)
+	defer cancel()
+	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 250*time.Millisecond) {
+		err := k.ready(ctx, s.Endpoint)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-s.ended:
+			return fmt.Errorf("it ended: %w: %s", s.err, s.log)
+		case <-ctx.Done():
+			return fmt.Errorf("not ready after %v: %w: %s", k.start, err, s.log)
+		case <-time.After(pause):
+		}
+	}
+}
+
+// PID returns the server's process.
+func (s *Service) PID() int { return s.cmd.Process.Pid }
+
+// Kill ends the server at once, as a crash would. Close must still be called.
+func (s *Service) Kill() error {
+	err := s.cmd.Process.Kill()
+	<-s.ended
+	return err
+}
+
+// Close ends the server: politely, and after 5 s by SIGKILL. It may be called twice.
+func (s *Service) Close() error {
+	s.closed.Do(func() {
+		_ = s.cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-s.ended:
+		case <-time.After(5 * time.Second):
+			_ = s.cmd.Process.Kill()
+			<-s.ended
+		}
+	})
+	return nil
+}
+
+// freePort returns a port that was free a moment ago. A server that finds it
+// taken ends, and Start says so.
+func freePort(ctx context.Context) (string, error) {
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer l.Close()
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	return port, err
+}
+
+func secret() string {
+	b := make([]byte, 16)
+	_, _ = rand.Read(b) // never fails
+	return hex.EncodeToString(b)
+}
+
+// tail keeps the last lines that a server wrote.
+type tail struct {
+	mu sync.Mutex
+	b  []byte
+}
+
+func (t *tail) Write(p []byte) (int, error) {
+	const keep = 4 << 10
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.b = append(t.b, p...)
+	if len(t.b) > keep {
+		t.b = append([]byte(nil), t.b[len(t.b)-keep:]...)
+	}
+	return len(p), nil
+}
+
+func (t *tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var lines []string
+	sc := bufio.NewScanner(bytes.NewReader(t.b))
+	for sc.Scan() {
+		if l := strings.TrimSpace(sc.Text()); l != "" {
+			lines = append(lines, l)
+		}
+	}
+	return strings.Join(lines[max(0, len(lines)-6):], " | ")
+}
+
+// redisServer is Debian's redis-server, without persistence.
+func redisServer() kind {
+	return kind{
+		name: "redis", start: 10 * time.Second,
+		find: func(context.Context, func(string)) (string, error) {
+			p, err := exec.LookPath("redis-server")
+			if err != nil {
+				return "", fmt.Errorf("%w (apt-get install redis-server): %w", err, region.ErrNotSupported)
+			}
+			return p, nil
+		},
+		version: func(ctx context.Context, program string) string {
+			out, _ := exec.CommandContext(ctx, program, "--version").Output()
+			for f := range strings.FieldsSeq(string(out)) {
+				if v, ok := strings.CutPrefix(f, "v="); ok {
+					return "redis " + v
+				}
+			}
+			return "redis"
+		},
+		command: func(program, dir string, e Endpoint) (*exec.Cmd, error) {
+			host, port, err := net.SplitHostPort(e.Addr)
+			if err != nil {
+				return nil, err
+			}
+			// The password stands in a file, not in the command line, which others can read.
+			conf := fmt.Sprintf("bind %s\nport %s\ndir %s\nsave \"\"\nappendonly no\nuser default off\nuser %s on >%s ~* &* +@all\n", host, port, dir, e.User, e.Password)
+			file := filepath.Join(dir, "redis.conf")
+			if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
+				return nil, err
+			}
+			return exec.Command(program, file), nil
+		},
+		ready: answers("PING\r\n", "-NOAUTH", "+PONG"),
+	}
+}
+
+// answers makes a check that a server's first line begins with one of the given texts.
+func answers(question string, want ...string) func(context.Context, Endpoint) error {
+	return func(ctx context.Context, e Endpoint) error {
+		var d net.Dialer
+		c, err := d.DialContext(ctx, "tcp", e.Addr)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_ = c.SetDeadline(time.Now().Add(time.Second))
+		if _, err := c.Write([]byte(question)); err != nil {
+			return err
+		}
+		line, err := bufio.NewReader(c).ReadString('\n')
+		if err != nil {
+			return err
+		}
+		for _, w := range want {
+			if strings.HasPrefix(line, w) {
+				return nil
+			}
+		}
+		return fmt.Errorf("it answers %q", line)
+	}
+}
+
+// gateway is the S3 server's module and version.
+const gateway = "github.com/versity/versitygw/cmd/versitygw@v1.8.0"
+
+// s3Server is versitygw over a folder.
+func s3Server() kind {
+	return kind{
+		name: "s3", start: 15 * time.Second,
+		find: func(ctx context.Context, log func(string)) (string, error) { return build(ctx, gateway, log) },
+		version: func(context.Context, string) string {
+			_, v, _ := strings.Cut(gateway, "@")
+			return "versitygw " + v
+		},
+		command: func(program, dir string, e Endpoint) (*exec.Cmd, error) {
+			data := filepath.Join(dir, "data")
+			if err := os.MkdirAll(data, 0o700); err != nil {
+				return nil, err
+			}
+			c := exec.Command(program, "--port", e.Addr, "--keep-alive", "--quiet", "posix", data)
+			c.Env = append(os.Environ(), "ROOT_ACCESS_KEY="+e.User, "ROOT_SECRET_KEY="+e.Password)
+			return c, nil
+		},
+		ready: answers("GET / HTTP/1.0\r\n\r\n", "HTTP/1."),
+	}
+}
+
+// build returns the program that a Go package is, built once into the user's cache.
+func build(ctx context.Context, pkg string, log func(string)) (string, error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	path, version, _ := strings.Cut(pkg, "@")
+	dir := filepath.Join(cache, "memsync-services", version)
+	program := filepath.Join(dir, filepath.Base(path))
+	if _, err := os.Stat(program); err == nil {
+		return program, nil
+	}
+	goTool, err := exec.LookPath("go")
+	if err != nil {
+		return "", fmt.Errorf("%s is not built yet, and there is no Go to build it (go install %s): %w", program, pkg, region.ErrNotSupported)
+	}
+	log("building " + pkg + " into the user cache (once)")
+	tmp, err := os.MkdirTemp(cache, "memsync-build-*")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(tmp)
+	c := exec.CommandContext(ctx, goTool, "install", pkg)
+	c.Dir = tmp // outside of any module
+	c.Env = append(os.Environ(), "GOBIN="+tmp, "CGO_ENABLED=0", "GOFLAGS=-trimpath")
+	if out, err := c.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("go install %s: %w: %s: %w", pkg, err, bytes.TrimSpace(out), region.ErrNotSupported)
+	}
+	if err := os.MkdirAll(dir, 0o777); err != nil {
+		return "", err
+	}
+	return program, os.Rename(filepath.Join(tmp, filepath.Base(path)), program)
+}

@@ -1,0 +1,207 @@
+package services_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"memsync/strategies/backend/keyed"
+	"memsync/strategies/backend/keyed/keyedtest"
+	"memsync/strategies/backend/redis"
+	"memsync/strategies/backend/s3"
+	"memsync/strategies/backend/services"
+	"memsync/strategies/region"
+)
+
+// start starts a server for a test. It skips the test where the server cannot be
+// had, unless MEMSYNC_MUST_RUN says that it must.
+func start(t *testing.T, name string) *services.Service {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute) // it may be built first
+	defer cancel()
+	s, err := services.Start(ctx, name, t.TempDir(), nil, func(line string) { t.Log(line) })
+	if errors.Is(err, region.ErrNotSupported) && !strings.Contains(os.Getenv("MEMSYNC_MUST_RUN"), "services") {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := syscall.Kill(s.PID(), 0); !errors.Is(err, syscall.ESRCH) {
+			t.Errorf("%s still runs after Close: %v", name, err)
+		}
+	})
+	return s
+}
+
+func redisOptions(e services.Endpoint) redis.Options {
+	return redis.Options{Addr: e.Addr, User: e.User, Password: e.Password, Prefix: "region:"}
+}
+
+func s3Options(e services.Endpoint) s3.Options {
+	return s3.Options{Addr: e.Addr, Access: e.User, Secret: e.Password, Bucket: e.Bucket, Prefix: "region/"}
+}
+
+func TestRedis(t *testing.T) {
+	s := start(t, "redis")
+	ctx := context.Background()
+	var n atomic.Int64
+	keyedtest.Run(t, func(t *testing.T) (keyed.Table, func() keyed.Table) {
+		o := redisOptions(s.Endpoint)
+		o.Prefix = fmt.Sprintf("%d:", n.Add(1))
+		open := func() keyed.Table {
+			table, err := redis.Open(ctx, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return table
+		}
+		return open(), open
+	})
+	t.Run("WrongPassword", func(t *testing.T) {
+		o := redisOptions(s.Endpoint)
+		o.Password = "wrong"
+		if _, err := redis.Open(ctx, o); !errors.Is(err, keyed.ErrPermanent) {
+			t.Error(err)
+		}
+	})
+	t.Run("OtherType", func(t *testing.T) {
+		o := redisOptions(s.Endpoint)
+		o.Addr = "127.0.0.1:1"
+		if _, err := redis.Open(ctx, o); err == nil || !strings.Contains(err.Error(), o.Addr) {
+			t.Errorf("nobody listens there: %v", err)
+		}
+	})
+}
+
+func TestS3(t *testing.T) {
+	s := start(t, "s3")
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	o := s3Options(s.Endpoint)
+	if _, err := s3.OpenTable(ctx, o); !errors.Is(err, region.ErrMissing) {
+		t.Errorf("a bucket that is not there: %v", err)
+	}
+	for range 2 {
+		if err := s3.MakeBucket(ctx, o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var n atomic.Int64
+	keyedtest.Run(t, func(t *testing.T) (keyed.Table, func() keyed.Table) {
+		o := o
+		o.Prefix = fmt.Sprintf("%d/", n.Add(1))
+		open := func() keyed.Table {
+			table, err := s3.OpenTable(ctx, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return table
+		}
+		return open(), open
+	})
+	t.Run("WrongSecret", func(t *testing.T) {
+		o := o
+		o.Secret = "wrong"
+		if _, err := s3.OpenTable(ctx, o); !errors.Is(err, keyed.ErrPermanent) {
+			t.Error(err)
+		}
+	})
+	t.Run("Object", func(t *testing.T) {
+		want := make([]byte, 12<<20+5)
+		region.Content{Seed: 9}.Fill(want, 0)
+		if _, err := s3.OpenObject(ctx, o, "image"); !errors.Is(err, region.ErrMissing) {
+			t.Errorf("an object that is not there: %v", err)
+		}
+		if err := s3.Upload(ctx, o, "image", bytes.NewReader(want), int64(len(want))); err != nil {
+			t.Fatal(err)
+		}
+		obj, err := s3.OpenObject(ctx, o, "image")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer obj.Close()
+		for _, r := range [][2]int64{{0, 1}, {4095, 2}, {1 << 20, 1 << 20}, {int64(len(want)) - 3, 3}, {7, 0}} {
+			p := make([]byte, r[1])
+			if err := obj.ReadAt(ctx, p, r[0]); err != nil || !bytes.Equal(p, want[r[0]:r[0]+r[1]]) {
+				t.Errorf("range %v: %v", r, err)
+			}
+		}
+		if err := obj.ReadAt(ctx, make([]byte, 2), int64(len(want))-1); !errors.Is(err, region.ErrOutOfRange) {
+			t.Errorf("past the end: %v", err)
+		}
+		if err := obj.WriteAt(ctx, []byte{1}, 0); !errors.Is(err, region.ErrReadOnly) {
+			t.Errorf("write: %v", err)
+		}
+		// Another version is never mixed in.
+		want[0]++
+		if err := s3.Upload(ctx, o, "image", bytes.NewReader(want), int64(len(want))); err != nil {
+			t.Fatal(err)
+		}
+		if err := obj.ReadAt(ctx, make([]byte, 2), 0); !errors.Is(err, region.ErrMismatch) {
+			t.Errorf("of an object that changed: %v", err)
+		}
+	})
+}
+
+// A server that is gone for a while: reads, writes and Flush go on when it is back.
+func TestRedisRestart(t *testing.T) {
+	s := start(t, "redis")
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	table, err := redis.Open(ctx, redisOptions(s.Endpoint))
+	if err != nil {
+		t.Fatal(err)
+	}
+	store, err := keyed.New(table, keyed.Options{Size: 1 << 20, Chunk: 1 << 16, Missing: keyed.MissingZero})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	for _, op := range []func() error{
+		func() error { return store.WriteAt(ctx, make([]byte, 1<<20), 0) },
+		func() error { return store.ReadAt(ctx, make([]byte, 1<<20), 0) },
+		func() error { return store.Flush(ctx) },
+	} {
+		if err := syscall.Kill(s.PID(), syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		done := make(chan error, 1)
+		go func() { done <- op() }()
+		select {
+		case err := <-done:
+			t.Errorf("a stopped server answered: %v", err)
+		case <-time.After(100 * time.Millisecond):
+		}
+		if err := syscall.Kill(s.PID(), syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil {
+			t.Errorf("after it went on: %v", err)
+		}
+	}
+	if err := s.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	short, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
+	defer cancel()
+	if err := store.ReadAt(short, make([]byte, 10), 0); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("from a killed server: %v", err)
+	}
+}
+
+func TestUnknown(t *testing.T) {
+	if _, err := services.Start(context.Background(), "nonsense", t.TempDir(), nil, nil); err == nil || !strings.Contains(err.Error(), "redis") {
+		t.Error(err)
+	}
+}
