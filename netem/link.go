@@ -236,12 +236,8 @@ func (l *Link) configureEnd(n, peer *Namespace, dev, peerDev netlink.Link) error
 	if err := l.setSysctls(n); err != nil {
 		return err
 	}
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return fmt.Errorf("find lo: %w", err)
-	}
-	if err := netlink.LinkSetUp(lo); err != nil {
-		return fmt.Errorf("bring lo up: %w", err)
+	if err := loopbackUp(); err != nil {
+		return err
 	}
 	if err := netlink.LinkSetTxQLen(dev, deviceQueue); err != nil {
 		return fmt.Errorf("queue length of %s: %w", n.dev, err)

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"os/exec"
 	"runtime"
 	"sync"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -223,6 +225,44 @@ func (n *Namespace) Dial(ctx context.Context, network, address string) (c net.Co
 	})
 	return c, err
 }
+
+// Isolated makes a namespace that has a loopback device and no way out: for
+// servers that only processes of this machine shall reach, by Dial, or by a
+// socket that they make in it themselves (Path). Close it.
+func Isolated(name string) (*Namespace, error) {
+	n, err := newNamespace(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := n.Do(loopbackUp); err != nil {
+		return nil, errors.Join(fmt.Errorf("namespace %s: %w", name, err), n.close())
+	}
+	return n, nil
+}
+
+// loopbackUp brings the loopback device of this thread's namespace up.
+func loopbackUp() error {
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return fmt.Errorf("find lo: %w", err)
+	}
+	if err := netlink.LinkSetUp(lo); err != nil {
+		return fmt.Errorf("bring lo up: %w", err)
+	}
+	return nil
+}
+
+// Path names the namespace for setns in other processes of this PID namespace,
+// as long as it is not closed.
+func (n *Namespace) Path() string {
+	n.mu.RLock()
+	defer n.mu.RUnlock()
+	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), n.fd)
+}
+
+// Close lets an Isolated namespace go; it lives on while processes or sockets
+// are in it. It may be called twice. A link closes its own namespaces.
+func (n *Namespace) Close() error { return n.close() }
 
 func (n *Namespace) close() error {
 	n.launched.Do(func() {}) // none starts from here on

@@ -166,7 +166,7 @@ func (c *Cell) Resolve() error {
 	if errors.Is(deviceErr, ErrUsage) {
 		return deviceErr
 	}
-	if c.params, err = param.New(all.Specs(st, c.Device, c.Transport), c.Settings); err != nil {
+	if c.params, err = param.New(all.Specs(st, c.Device, c.Transport, c.Backend), c.Settings); err != nil {
 		return usage("%w", err)
 	}
 	if c.params.Has("order") && madeErr == nil {
@@ -447,10 +447,23 @@ func (c *Cell) setup(seed uint64, dir string) role.Setup {
 	}
 	return role.Setup{
 		Strategy: c.Strategy, Device: c.Device, Transport: c.Transport,
-		Backend: backend.Spec{Backend: c.Backend, Size: c.Size, Content: region.Content{Seed: seed}, Input: c.real(c.Input)},
-		Chunk:   c.Chunk, PullWorkers: c.PullWorkers, PushWorkers: c.PushWorkers, Settings: settings,
+		Backend: backend.Spec{Backend: c.Backend, Size: c.Size, Chunk: c.Chunk, Settings: c.backendSettings(),
+			Content: region.Content{Seed: seed}, Input: c.real(c.Input)},
+		Chunk: c.Chunk, PullWorkers: c.PullWorkers, PushWorkers: c.PushWorkers, Settings: settings,
 		ReadOnly: c.Op == "read", Dir: dir,
 	}
+}
+
+// backendSettings are those of the settings that are the backend's.
+func (c *Cell) backendSettings() []string {
+	var out []string
+	for _, kv := range c.params.Settings() {
+		name, _, _ := strings.Cut(kv, "=")
+		if slices.ContainsFunc(backend.Params(c.Backend), func(s param.Spec) bool { return s.Name == name }) {
+			out = append(out, kv)
+		}
+	}
+	return out
 }
 
 // work is what the workload does.

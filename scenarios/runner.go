@@ -17,6 +17,7 @@ import (
 	"memsync/results"
 	"memsync/scenarios/role"
 	"memsync/strategies"
+	"memsync/strategies/backend"
 	"memsync/strategies/region"
 )
 
@@ -102,8 +103,9 @@ type Runner struct {
 	// Log gets a line for what the reader of a progress bar should know; may be nil.
 	Log func(format string, args ...any)
 
-	links  map[linkKey]*link
-	floors map[floorKey][]float64 // floor_tcp, B/s
+	links   map[linkKey]*link
+	servers servers
+	floors  map[floorKey][]float64 // floor_tcp, B/s
 }
 
 type linkKey struct {
@@ -128,9 +130,9 @@ type link struct {
 // of a run is the median of those sent so far.
 const floorStreams = 3
 
-// Close takes the links down.
+// Close takes the links down and ends the servers of backends.
 func (r *Runner) Close() error {
-	var errs []error
+	errs := []error{r.servers.Close()}
 	for _, l := range r.links {
 		if l.Link != nil {
 			errs = append(errs, l.Link.Close())
@@ -258,6 +260,11 @@ func (r *Runner) Run(ctx context.Context, it Item) (o Outcome) {
 		o.Err = err
 		return o
 	}
+	service, err := r.servers.For(ctx, it.Cell, r.Scratch, r.Log)
+	if err != nil {
+		o.Err = err
+		return o
+	}
 	began = time.Now() // opening and calibrating a link is the sweep's, not the run's
 	// A link at 100 % loss or a hung process must not hold the sweep.
 	limit := margin + it.Cell.Budget + 20*it.Cell.Link.RTT
@@ -266,7 +273,7 @@ func (r *Runner) Run(ctx context.Context, it Item) (o Outcome) {
 	}
 	rctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the run takes longer than %v: %w", limit, context.DeadlineExceeded))
 	defer cancel()
-	one := &run{Runner: r, cell: it.Cell, seed: it.Seed, link: l, out: &o}
+	one := &run{Runner: r, cell: it.Cell, seed: it.Seed, link: l, out: &o, service: service}
 	o.Err = one.do(rctx)
 	return o
 }
@@ -310,6 +317,8 @@ type run struct {
 	seed uint64
 	link *link // nil with transport local
 	out  *Outcome
+
+	service *backend.Service // nil where the backend has none
 
 	source, daemon, workload *role.Process
 }
@@ -370,7 +379,9 @@ func (r *run) inFolder(ctx context.Context) (err error) {
 	for _, p := range r.processes() {
 		p.Watch(watched, cancel)
 	}
-	err = r.measure(watched, r.cell.setup(r.seed, dir), r.cell.work(r.seed, dir))
+	setup := r.cell.setup(r.seed, dir)
+	setup.Backend.Service = r.service
+	err = r.measure(watched, setup, r.cell.work(r.seed, dir))
 	if err == nil || ctx.Err() != nil {
 		return err
 	}

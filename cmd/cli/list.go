@@ -41,7 +41,7 @@ func listings(p Program) []listing {
 			var lines [][]string
 			for _, st := range p.Strategies {
 				i := st.Info()
-				e := entry{i.Name, i.Doc, i.Capabilities, i.Devices, all.Specs(st, i.Devices[0], "nbd"), i.Consistency}
+				e := entry{i.Name, i.Doc, i.Capabilities, i.Devices, all.Specs(st, i.Devices[0], "nbd", "memory"), i.Consistency}
 				data = append(data, e)
 				var caps, params []string
 				for _, c := range i.Capabilities {

@@ -16,6 +16,7 @@ import (
 	"memsync/results"
 	"memsync/scenarios"
 	"memsync/strategies/all"
+	"memsync/strategies/backend"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 )
@@ -82,7 +83,7 @@ missing here; 5 not permitted or the link could not be calibrated; 6 wrong usage
 	f.StringVar(&k.Strategy, "strategy", "", "`name` of the strategy (memsync list strategies); required")
 	f.StringVar(&k.Device, "device", "auto", "auto, fuse, nbd, ublk or uffd")
 	f.StringVar(&k.Transport, "transport", "nbd", "nbd, or local: the daemon holds the data itself")
-	f.StringVar(&k.Backend, "backend", "auto", "where the source keeps the data: memory or file (auto: memory, file where another program serves it)")
+	f.StringVar(&k.Backend, "backend", "auto", "where the source keeps the data: "+strings.Join(backend.Names(), ", ")+" (auto: memory, file where another program serves it)")
 	f.StringVar(&o.profile, "profile", "", "named network (memsync list profiles); the flags below override its values")
 	durationFlag(f, &o.rtt, "rtt", 0, "round-trip time, half on each end")
 	f.Var(unitValue[int64]{&o.rate, region.ParseRate, rateText, "rate"}, "rate", "link rate per direction; 0 is unlimited")
@@ -351,7 +352,7 @@ func explain(w io.Writer, c *scenarios.Cell, r *scenarios.Report) {
 	}
 	info := st.Info()
 	fmt.Fprintf(w, "\n%s: %s\nConsistency: %s\n\nParameters (--set):\n", info.Name, info.Doc, info.Consistency)
-	printParams(w, all.Specs(st, c.Device, c.Transport), c.Params())
+	printParams(w, all.Specs(st, c.Device, c.Transport, c.Backend), c.Params())
 }
 
 func printParams(w io.Writer, specs []param.Spec, values string) {

@@ -123,7 +123,7 @@ func record(ctx context.Context, in Input, file, dir, out string, variant uint64
 	if err != nil {
 		return err
 	}
-	store, err := backend.Open(backend.Spec{Backend: "memory", Size: fi.Size(), Input: file}, dir)
+	store, err := backend.Open(ctx, backend.Spec{Backend: "memory", Size: fi.Size(), Input: file}, dir)
 	if err != nil {
 		return err
 	}

@@ -52,8 +52,8 @@ func (d *daemon) ops() map[string]handler {
 }
 
 // hold fills the region that the daemon itself holds (transport local), before any clock.
-func (d *daemon) hold(_ context.Context, s Setup) (_ none, err error) {
-	d.local, err = backend.Open(s.Backend, s.Dir)
+func (d *daemon) hold(ctx context.Context, s Setup) (_ none, err error) {
+	d.local, err = backend.Open(ctx, s.Backend, s.Dir)
 	return none{}, err
 }
 

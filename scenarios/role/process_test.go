@@ -141,7 +141,7 @@ func TestVerifyStore(t *testing.T) {
 	for _, op := range []string{"write", "mixed"} {
 		for _, access := range Accesses() {
 			w := Work{Op: op, Access: access, Threads: 3, Size: 10*page + 100, Seed: 4, Content: region.Content{Seed: 4}}
-			s, err := backend.Open(backend.Spec{Backend: "memory", Size: w.Size, Content: w.Content}, "")
+			s, err := backend.Open(context.Background(), backend.Spec{Backend: "memory", Size: w.Size, Content: w.Content}, "")
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -39,7 +39,7 @@ func (s Setup) Resolve(known strategies.Registry) (strategies.Strategy, param.Va
 	if err != nil {
 		return nil, param.Values{}, err
 	}
-	v, err := param.New(all.Specs(st, s.Device, s.Transport), s.Settings)
+	v, err := param.New(all.Specs(st, s.Device, s.Transport, s.Backend.Backend), s.Settings)
 	return st, v, err
 }
 
@@ -70,9 +70,9 @@ func (s *source) ops() map[string]handler {
 	}
 }
 
-func (s *source) open(_ context.Context, setup Setup) (_ none, err error) {
+func (s *source) open(ctx context.Context, setup Setup) (_ none, err error) {
 	s.setup = setup
-	s.store, err = backend.Open(setup.Backend, setup.Dir)
+	s.store, err = backend.Open(ctx, setup.Backend, setup.Dir)
 	return none{}, err
 }
 

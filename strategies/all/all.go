@@ -8,6 +8,7 @@ import (
 
 	"memsync/strategies"
 	"memsync/strategies/attach"
+	"memsync/strategies/backend"
 	"memsync/strategies/baseline"
 	"memsync/strategies/device"
 	"memsync/strategies/device/uffd"
@@ -49,9 +50,9 @@ func TransportOptions(p param.Values) transport.Options {
 	return transport.Options{Connections: p.Int("connections"), Window: p.Size("window")}
 }
 
-// Specs returns the parameters that a strategy has with a device and a transport:
-// its own, with those of all its devices, and those that come with these two.
-func Specs(s strategies.Strategy, deviceName, transportName string) []param.Spec {
+// Specs returns the parameters that a strategy has with a device, a transport and
+// a backend: its own, with those of all its devices, and those that come with these.
+func Specs(s strategies.Strategy, deviceName, transportName, backendName string) []param.Spec {
 	specs := append([]param.Spec{}, s.Info().Params...)
 	if deviceName != "" && deviceName != "uffd" {
 		specs = append(specs, param.Spec{Name: "advice", Kind: param.KindEnum, Default: attach.AdviceNone, Values: []string{attach.AdviceNone, attach.AdviceSequential, attach.AdviceRandom},
@@ -68,7 +69,7 @@ func Specs(s strategies.Strategy, deviceName, transportName string) []param.Spec
 		specs = append(specs, param.Spec{Name: "congestion", Kind: param.KindString,
 			Doc: "TCP congestion control of both ends (default: the kernel's)"})
 	}
-	return specs
+	return append(specs, backend.Params(backendName)...)
 }
 
 // DeviceNames lists the kinds of devices.

@@ -19,19 +19,24 @@ import (
 )
 
 // Names lists the backends that Open knows.
-func Names() []string { return []string{"memory", "file"} }
+func Names() []string {
+	return append([]string{"memory", "file"}, chunkedNames()...)
+}
 
 // Spec says what a source holds.
 type Spec struct {
-	Backend string         `json:"backend"`         // one of Names
-	Size    int64          `json:"size"`            // bytes, at least 1
-	Content region.Content `json:"content"`         // where Input is empty
-	Input   string         `json:"input,omitempty"` // a file whose first Size bytes are the content
+	Backend  string         `json:"backend"`            // one of Names
+	Size     int64          `json:"size"`               // bytes, at least 1
+	Chunk    int64          `json:"chunk"`              // bytes; of the backends that keep chunks
+	Settings []string       `json:"settings,omitempty"` // key=value of Params
+	Service  *Service       `json:"service,omitempty"`  // the server of a backend that has one
+	Content  region.Content `json:"content"`            // where Input is empty
+	Input    string         `json:"input,omitempty"`    // a file whose first Size bytes are the content
 }
 
 // Open makes the store and fills what can be filled at once. File-backed stores
-// put their files into dir, which the caller removes.
-func Open(s Spec, dir string) (region.Store, error) {
+// put their files into dir, which the caller removes. ctx bounds the filling.
+func Open(ctx context.Context, s Spec, dir string) (region.Store, error) {
 	if s.Size < 1 {
 		return nil, fmt.Errorf("region size %d: want at least 1 byte", s.Size)
 	}
@@ -65,6 +70,13 @@ func Open(s Spec, dir string) (region.Store, error) {
 			return nil, err
 		}
 		return f, nil
+	}
+	if b, ok := chunked()[s.Backend]; ok {
+		st, err := openChunked(ctx, b, s, dir, fill)
+		if err = errors.Join(err, closeFill()); err != nil {
+			return nil, fmt.Errorf("backend %s: %w", s.Backend, err)
+		}
+		return st, nil
 	}
 	return nil, errors.Join(fmt.Errorf("unknown backend %q; valid: %s", s.Backend, strings.Join(Names(), ", ")), closeFill())
 }

@@ -28,7 +28,7 @@ func stores(t *testing.T, s Spec) map[string]region.Store {
 	for _, name := range Names() {
 		for _, delayed := range []bool{false, true} {
 			s.Backend = name
-			st, err := Open(s, t.TempDir())
+			st, err := Open(context.Background(), s, t.TempDir())
 			if err != nil {
 				t.Fatalf("%s of %d bytes: %v", name, s.Size, err)
 			}
@@ -209,7 +209,7 @@ func TestConcurrent(t *testing.T) {
 // no more memory than what was touched, and fills each block once.
 func TestLazy(t *testing.T) {
 	const size = 1<<40 + 12345
-	s, err := Open(Spec{Backend: "memory", Size: size, Content: region.Content{Seed: 9}}, "")
+	s, err := Open(context.Background(), Spec{Backend: "memory", Size: size, Content: region.Content{Seed: 9}}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -265,7 +265,7 @@ func TestInputThatShrinks(t *testing.T) {
 	}
 	for _, name := range Names() { // before it is opened
 		dir := t.TempDir()
-		_, err := Open(Spec{Backend: name, Size: 4 * block, Input: in}, dir)
+		_, err := Open(context.Background(), Spec{Backend: name, Size: 4 * block, Input: in}, dir)
 		if err == nil || !strings.Contains(err.Error(), "shrank") || !strings.Contains(err.Error(), in) {
 			t.Errorf("%s: input shorter than the region: %v", name, err)
 		}
@@ -277,7 +277,7 @@ func TestInputThatShrinks(t *testing.T) {
 	if err := os.Truncate(in, eager+10*block); err != nil {
 		t.Fatal(err)
 	}
-	s, err := Open(Spec{Backend: "memory", Size: eager + 10*block, Input: in}, "")
+	s, err := Open(context.Background(), Spec{Backend: "memory", Size: eager + 10*block, Input: in}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -308,11 +308,11 @@ func TestBadSpec(t *testing.T) {
 		{Spec{Backend: "memory", Size: 1, Input: "/does/not/exist"}, "no such file"},
 		{Spec{Backend: "memory", Size: 1 << 62}, "reserve"},
 	} {
-		if _, err := Open(c.spec, t.TempDir()); err == nil || !strings.Contains(err.Error(), c.want) {
+		if _, err := Open(context.Background(), c.spec, t.TempDir()); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v: %v, want %q", c.spec, err, c.want)
 		}
 	}
-	if _, err := Open(Spec{Backend: "file", Size: 1}, "/does/not/exist"); err == nil {
+	if _, err := Open(context.Background(), Spec{Backend: "file", Size: 1}, "/does/not/exist"); err == nil {
 		t.Error("a file in a folder that does not exist")
 	}
 }
@@ -335,7 +335,7 @@ func TestNoDescriptorLeak(t *testing.T) {
 	for range 20 {
 		for _, s := range []Spec{{"memory", 4, region.Content{}, in}, {"file", 4, region.Content{}, in}, {"memory", 5, region.Content{}, in},
 			{"file", 5, region.Content{}, in}, {"tape", 4, region.Content{}, in}, {"memory", 1 << 62, region.Content{}, in}} {
-			if st, err := Open(s, dir); err == nil {
+			if st, err := Open(context.Background(), s, dir); err == nil {
 				st.Close()
 			}
 		}
@@ -346,7 +346,7 @@ func TestNoDescriptorLeak(t *testing.T) {
 }
 
 func TestDelayed(t *testing.T) {
-	s, err := Open(Spec{Backend: "memory", Size: 4096}, "")
+	s, err := Open(context.Background(), Spec{Backend: "memory", Size: 4096}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -386,7 +386,7 @@ func TestDelayed(t *testing.T) {
 }
 
 func ExampleOpen() {
-	s, err := Open(Spec{Backend: "memory", Size: 5, Content: region.Content{Seed: 1}}, "")
+	s, err := Open(context.Background(), Spec{Backend: "memory", Size: 5, Content: region.Content{Seed: 1}}, "")
 	if err != nil {
 		fmt.Println(err)
 		return
@@ -397,7 +397,7 @@ func ExampleOpen() {
 }
 
 func TestSlow(t *testing.T) {
-	s, err := Open(Spec{Backend: "memory", Size: 1 << 20}, "")
+	s, err := Open(context.Background(), Spec{Backend: "memory", Size: 1 << 20}, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -433,7 +433,7 @@ func TestSlow(t *testing.T) {
 
 func TestSizes(t *testing.T) {
 	for _, name := range Names() {
-		s, err := Open(Spec{Backend: name, Size: 1 << 20}, t.TempDir())
+		s, err := Open(context.Background(), Spec{Backend: name, Size: 1 << 20}, t.TempDir())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -134,7 +134,7 @@ func mountAndSync(t *testing.T, size int64, setup string) {
 
 func source(t *testing.T, size int64) region.Store {
 	t.Helper()
-	s, err := backend.Open(backend.Spec{Backend: "memory", Size: size, Content: content}, t.TempDir())
+	s, err := backend.Open(context.Background(), backend.Spec{Backend: "memory", Size: size, Content: content}, t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}

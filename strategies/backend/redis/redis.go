@@ -121,15 +121,35 @@ func (t *Table) Put(ctx context.Context, numbers []int64, values [][]byte) error
 // Flush implements keyed.Table.
 func (t *Table) Flush(ctx context.Context) error { return classify(t.c.Ping(ctx).Err()) }
 
-// Remove deletes the keys of the given chunks.
-func (t *Table) Remove(ctx context.Context, numbers []int64) error {
-	for _, n := range numbers {
-		if err := t.c.Unlink(ctx, t.key(n)).Err(); err != nil {
-			return classify(err)
+// Clear deletes all keys that begin with the table's prefix.
+func (t *Table) Clear(ctx context.Context) error {
+	if t.prefix == "" {
+		return errors.New("clear a table without a prefix: that would be the whole server")
+	}
+	keys := t.c.Scan(ctx, 0, globEscape.Replace(t.prefix)+"*", 1000).Iterator()
+	var batch []string
+	unlink := func() error {
+		if len(batch) == 0 {
+			return nil
 		}
+		defer func() { batch = batch[:0] }()
+		return t.c.Unlink(ctx, batch...).Err()
+	}
+	for keys.Next(ctx) {
+		if batch = append(batch, keys.Val()); len(batch) == 1000 {
+			if err := unlink(); err != nil {
+				return classify(err)
+			}
+		}
+	}
+	if err := errors.Join(keys.Err(), unlink()); err != nil {
+		return fmt.Errorf("delete keys of %s: %w", t.prefix, classify(err))
 	}
 	return nil
 }
+
+// globEscape makes a pattern of SCAN match its text.
+var globEscape = strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`)
 
 // Close implements keyed.Table.
 func (t *Table) Close() error { return t.c.Close() }

@@ -118,6 +118,14 @@ func (o *Object) WriteAt(ctx context.Context, p []byte, off int64) error {
 // Flush does nothing: nothing can have been written.
 func (o *Object) Flush(ctx context.Context) error { return o.check(ctx, 0, 0) }
 
+// Remove deletes the object.
+func (o *Object) Remove(ctx context.Context) error {
+	if err := o.t.c.RemoveObject(ctx, o.t.o.Bucket, o.name, minio.RemoveObjectOptions{}); err != nil {
+		return fmt.Errorf("delete object %s: %w", o.name, classify(err))
+	}
+	return nil
+}
+
 // Close implements region.Store.
 func (o *Object) Close() error {
 	if o.closed.Swap(true) {

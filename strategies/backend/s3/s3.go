@@ -186,5 +186,14 @@ func (t *Table) put(ctx context.Context, name string, r io.Reader, size int64) e
 // Flush implements keyed.Table.
 func (t *Table) Flush(ctx context.Context) error { return ctx.Err() }
 
+// Clear deletes all objects whose names begin with the table's prefix.
+func (t *Table) Clear(ctx context.Context) error {
+	objects := t.c.ListObjects(ctx, t.o.Bucket, minio.ListObjectsOptions{Prefix: t.o.Prefix, Recursive: true})
+	for e := range t.c.RemoveObjects(ctx, t.o.Bucket, objects, minio.RemoveObjectsOptions{}) {
+		return fmt.Errorf("delete objects of %s: %s: %w", t.o.Prefix, e.ObjectName, classify(e.Err))
+	}
+	return ctx.Err()
+}
+
 // Close implements keyed.Table.
 func (t *Table) Close() error { t.transport.CloseIdleConnections(); return nil }

@@ -47,7 +47,7 @@ type kind struct {
 	// command makes the process that serves e below dir.
 	command func(program, dir string, e Endpoint) (*exec.Cmd, error)
 	// ready returns nil once the server answers; it is asked again until then.
-	ready   func(ctx context.Context, e Endpoint) error
+	ready   func(ctx context.Context, n Net, e Endpoint) error
 	version func(ctx context.Context, program string) string
 	start   time.Duration // how long it may take to be ready
 }
@@ -81,12 +81,25 @@ type Service struct {
 	closed sync.Once
 }
 
-// Start starts a server and waits until it answers. dir is an existing folder
-// for its data, which the caller removes after Close. run starts the command,
-// in a namespace say; nil is exec.Cmd.Start. log, which may be nil, is told of
-// what takes long. Where the server cannot be had the error matches
-// region.ErrNotSupported.
-func Start(ctx context.Context, name, dir string, run func(*exec.Cmd) error, log func(string)) (*Service, error) {
+// Net is where a server runs and is asked whether it is ready.
+type Net struct {
+	Start  func(*exec.Cmd) error
+	Dial   func(ctx context.Context, network, addr string) (net.Conn, error)
+	Listen func(ctx context.Context, network, addr string) (net.Listener, error)
+}
+
+// Here is the process's own network.
+func Here() Net {
+	var d net.Dialer
+	var l net.ListenConfig
+	return Net{(*exec.Cmd).Start, d.DialContext, l.Listen}
+}
+
+// Start starts a server on loopback of n and waits until it answers. dir is an
+// existing folder for its data, which the caller removes after Close. log, which
+// may be nil, is told of what takes long. Where the server cannot be had the
+// error matches region.ErrNotSupported.
+func Start(ctx context.Context, name, dir string, n Net, log func(string)) (*Service, error) {
 	k, err := byName(name)
 	if err != nil {
 		return nil, err
@@ -94,15 +107,12 @@ func Start(ctx context.Context, name, dir string, run func(*exec.Cmd) error, log
 	if log == nil {
 		log = func(string) {}
 	}
-	if run == nil {
-		run = (*exec.Cmd).Start
-	}
 	wrap := func(err error) error { return fmt.Errorf("start %s: %w", name, err) }
 	program, err := k.find(ctx, log)
 	if err != nil {
 		return nil, wrap(err)
 	}
-	port, err := freePort(ctx)
+	port, err := freePort(ctx, n)
 	if err != nil {
 		return nil, wrap(err)
 	}
@@ -120,24 +130,24 @@ func Start(ctx context.Context, name, dir string, run func(*exec.Cmd) error, log
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
 	cmd.SysProcAttr.Setpgid, cmd.SysProcAttr.Pdeathsig = true, syscall.SIGKILL
-	if err := run(cmd); err != nil {
+	if err := n.Start(cmd); err != nil {
 		return nil, wrap(err)
 	}
 	go func() {
 		s.err = cmd.Wait()
 		close(s.ended)
 	}()
-	if err := s.wait(ctx, k); err != nil {
+	if err := s.wait(ctx, k, n); err != nil {
 		return nil, errors.Join(wrap(err), s.Close())
 	}
 	return s, nil
 }
 
-func (s *Service) wait(ctx context.Context, k kind) error {
+func (s *Service) wait(ctx context.Context, k kind, n Net) error {
 	ctx, cancel := context.WithTimeout(ctx, k.start)
 	defer cancel()
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 250*time.Millisecond) {
-		err := k.ready(ctx, s.Endpoint)
+		err := k.ready(ctx, n, s.Endpoint)
 		if err == nil {
 			return nil
 		}
@@ -177,9 +187,8 @@ func (s *Service) Close() error {
 
 // freePort returns a port that was free a moment ago. A server that finds it
 // taken ends, and Start says so.
-func freePort(ctx context.Context) (string, error) {
-	var lc net.ListenConfig
-	l, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
+func freePort(ctx context.Context, n Net) (string, error) {
+	l, err := n.Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return "", err
 	}
@@ -262,10 +271,9 @@ func redisServer() kind {
 }
 
 // answers makes a check that a server's first line begins with one of the given texts.
-func answers(question string, want ...string) func(context.Context, Endpoint) error {
-	return func(ctx context.Context, e Endpoint) error {
-		var d net.Dialer
-		c, err := d.DialContext(ctx, "tcp", e.Addr)
+func answers(question string, want ...string) func(context.Context, Net, Endpoint) error {
+	return func(ctx context.Context, n Net, e Endpoint) error {
+		c, err := n.Dial(ctx, "tcp", e.Addr)
 		if err != nil {
 			return err
 		}

@@ -26,7 +26,7 @@ func start(t *testing.T, name string) *services.Service {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute) // it may be built first
 	defer cancel()
-	s, err := services.Start(ctx, name, t.TempDir(), nil, func(line string) { t.Log(line) })
+	s, err := services.Start(ctx, name, t.TempDir(), services.Here(), func(line string) { t.Log(line) })
 	if errors.Is(err, region.ErrNotSupported) && !strings.Contains(os.Getenv("MEMSYNC_MUST_RUN"), "services") {
 		t.Skip(err)
 	}
@@ -201,7 +201,7 @@ func TestRedisRestart(t *testing.T) {
 }
 
 func TestUnknown(t *testing.T) {
-	if _, err := services.Start(context.Background(), "nonsense", t.TempDir(), nil, nil); err == nil || !strings.Contains(err.Error(), "redis") {
+	if _, err := services.Start(context.Background(), "nonsense", t.TempDir(), services.Here(), nil); err == nil || !strings.Contains(err.Error(), "redis") {
 		t.Error(err)
 	}
 }

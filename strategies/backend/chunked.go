@@ -1,0 +1,242 @@
+package backend
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"memsync/strategies/backend/directory"
+	"memsync/strategies/backend/keyed"
+	"memsync/strategies/backend/kv"
+	"memsync/strategies/backend/redis"
+	"memsync/strategies/backend/s3"
+	"memsync/strategies/backend/services"
+	"memsync/strategies/param"
+	"memsync/strategies/region"
+)
+
+// Service is a server that a backend talks to.
+type Service struct {
+	services.Endpoint
+	// NetNS is the path of the network namespace that the server is in; empty is
+	// the process's own.
+	NetNS string `json:"netns,omitempty"`
+}
+
+// cleaner is a table that can delete all of its region's values.
+type cleaner interface {
+	Clear(ctx context.Context) error
+}
+
+// access is what a backend needs to reach its region.
+type access struct {
+	dir, prefix string // for files; of keys
+	service     Service
+	params      param.Values
+	dial        func(ctx context.Context, network, addr string) (net.Conn, error)
+}
+
+// chunkedBackend keeps a region chunk by chunk.
+type chunkedBackend struct {
+	server bool // a service of that name is needed
+	params []param.Spec
+	open   func(ctx context.Context, a access) (keyed.Table, error)
+}
+
+func chunked() map[string]chunkedBackend {
+	return map[string]chunkedBackend{
+		"directory": {
+			params: []param.Spec{{Name: "handles", Kind: param.KindInt, Default: "64", Min: 1, Max: 65536, Doc: "files that the directory backend has open at once"}},
+			open: func(_ context.Context, a access) (keyed.Table, error) {
+				dir := filepath.Join(a.dir, "chunks")
+				if err := os.MkdirAll(dir, 0o700); err != nil {
+					return nil, err
+				}
+				return directory.Open(dir, a.params.Int("handles"))
+			},
+		},
+		"kv": {open: func(_ context.Context, a access) (keyed.Table, error) {
+			return kv.Open(filepath.Join(a.dir, "region.db"))
+		}},
+		"redis": {server: true, open: func(ctx context.Context, a access) (keyed.Table, error) {
+			return redis.Open(ctx, redis.Options{Addr: a.service.Addr, User: a.service.User, Password: a.service.Password, Prefix: a.prefix, Dial: a.dial})
+		}},
+		"s3": {server: true,
+			params: []param.Spec{{Name: "s3_layout", Kind: param.KindEnum, Default: "chunks", Values: []string{"chunks", "object"},
+				Doc: "an object a chunk, or one object read by ranges (read-only)"}},
+			open: func(ctx context.Context, a access) (keyed.Table, error) {
+				o := a.s3()
+				if err := s3.MakeBucket(ctx, o); err != nil {
+					return nil, err
+				}
+				return s3.OpenTable(ctx, o)
+			}},
+	}
+}
+
+func (a access) s3() s3.Options {
+	return s3.Options{Addr: a.service.Addr, Access: a.service.User, Secret: a.service.Password, Bucket: a.service.Bucket, Prefix: a.prefix, Dial: a.dial}
+}
+
+func chunkedNames() []string { return slices.Sorted(maps.Keys(chunked())) }
+
+// Chunked reports whether a backend keeps its region chunk by chunk.
+func Chunked(name string) bool { _, ok := chunked()[name]; return ok }
+
+// NeedsService reports whether a backend talks to a server, which package
+// services can start under the same name.
+func NeedsService(name string) bool { return chunked()[name].server }
+
+// Params returns the parameters of a backend.
+func Params(name string) []param.Spec {
+	b, ok := chunked()[name]
+	if !ok {
+		return nil
+	}
+	specs := append([]param.Spec{
+		{Name: "missing", Kind: param.KindEnum, Default: string(keyed.MissingError), Values: []string{string(keyed.MissingError), string(keyed.MissingZero)},
+			Doc: "a chunk that the backend does not have: an error, or zeroes"},
+		{Name: "retry", Kind: param.KindDuration, Default: "10s", Doc: "how long the backend repeats a call that fails, with growing pauses; 0 is never"},
+	}, b.params...)
+	if b.server {
+		specs = append(specs, param.Spec{Name: "endpoint", Kind: param.KindString, Check: checkEndpoint,
+			Doc: "host:port of a server that runs already (default: one is started); credentials from the environment, docs/backends.md"})
+	}
+	return specs
+}
+
+// checkEndpoint wants host:port and nothing else: a record must not hold credentials.
+func checkEndpoint(v string) error {
+	if v == "" {
+		return nil
+	}
+	if _, port, err := net.SplitHostPort(v); err != nil || port == "" || strings.ContainsAny(v, "@/") {
+		return errors.New("want host:port, without credentials (those come from the environment)")
+	}
+	return nil
+}
+
+// External returns the server that the endpoint parameter names, with the
+// credentials of the environment: MEMSYNC_REDIS_USER and MEMSYNC_REDIS_PASSWORD,
+// say, or the file that MEMSYNC_REDIS_PASSWORD_FILE names. ok is false where the
+// parameter is not set.
+func External(name string, p param.Values, env func(string) string) (s Service, ok bool, err error) {
+	if !NeedsService(name) || p.Text("endpoint") == "" {
+		return s, false, nil
+	}
+	prefix := "MEMSYNC_" + strings.ToUpper(name) + "_"
+	s.Kind, s.Addr, s.User, s.Password, s.Bucket = name, p.Text("endpoint"), env(prefix+"USER"), env(prefix+"PASSWORD"), env(prefix+"BUCKET")
+	if s.Bucket == "" {
+		s.Bucket = "memsync"
+	}
+	if file := env(prefix + "PASSWORD_FILE"); file != "" {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return s, false, fmt.Errorf("%sPASSWORD_FILE: %w", prefix, err)
+		}
+		s.Password = strings.TrimSpace(string(b))
+	}
+	return s, true, nil
+}
+
+// openChunked opens a backend and fills it. What it put into a server goes when
+// the store is closed.
+func openChunked(ctx context.Context, b chunkedBackend, s Spec, dir string, fill func([]byte, int64) error) (region.Store, error) {
+	params, err := param.New(Params(s.Backend), s.Settings)
+	if err != nil {
+		return nil, err
+	}
+	// Names in a server that others may use too.
+	a := access{dir: dir, prefix: "memsync-" + rand.Text() + "/", params: params}
+	if b.server {
+		if s.Service == nil {
+			return nil, fmt.Errorf("no server is given: %w", region.ErrMissing)
+		}
+		a.service = *s.Service
+		if s.Service.NetNS != "" {
+			a.dial = dialIn(s.Service.NetNS)
+		}
+	}
+	if s.Backend == "s3" && params.Text("s3_layout") == "object" {
+		return openObject(ctx, a, s.Size, fill)
+	}
+	t, err := b.open(ctx, a)
+	if err != nil {
+		return nil, err
+	}
+	retry := params.Duration("retry")
+	if retry == 0 {
+		retry = -1
+	}
+	store, err := keyed.New(t, keyed.Options{Size: s.Size, Chunk: s.Chunk, Missing: keyed.Missing(params.Text("missing")), Retry: retry})
+	if err != nil {
+		return nil, errors.Join(err, t.Close())
+	}
+	var st region.Store = store
+	if c, ok := t.(cleaner); ok {
+		st = cleaned{store, c.Clear}
+	}
+	if err := store.Fill(ctx, fill); err != nil {
+		return nil, errors.Join(err, st.Close())
+	}
+	return st, nil
+}
+
+// cleaned deletes a region's values when it is closed.
+type cleaned struct {
+	region.Store
+	clear func(context.Context) error
+}
+
+// cleanTime bounds the deletion of a region's values.
+const cleanTime = 20 * time.Second
+
+func (c cleaned) Close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), cleanTime)
+	defer cancel()
+	return errors.Join(c.clear(ctx), c.Store.Close())
+}
+
+// openObject uploads the content as one object and opens that.
+func openObject(ctx context.Context, a access, size int64, fill func([]byte, int64) error) (region.Store, error) {
+	o := a.s3()
+	if err := s3.MakeBucket(ctx, o); err != nil {
+		return nil, err
+	}
+	const name = "region"
+	if err := s3.Upload(ctx, o, name, &filled{fill: fill, size: size}, size); err != nil {
+		return nil, err
+	}
+	obj, err := s3.OpenObject(ctx, o, name)
+	if err != nil {
+		return nil, err
+	}
+	return cleaned{obj, obj.Remove}, nil
+}
+
+// filled reads a region's content in order.
+type filled struct {
+	fill      func([]byte, int64) error
+	off, size int64
+}
+
+func (f *filled) Read(p []byte) (int, error) {
+	if f.off == f.size {
+		return 0, io.EOF
+	}
+	p = p[:min(int64(len(p)), f.size-f.off)]
+	if err := f.fill(p, f.off); err != nil {
+		return 0, err
+	}
+	f.off += int64(len(p))
+	return len(p), nil
+}
