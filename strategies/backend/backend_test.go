@@ -333,8 +333,8 @@ func TestNoDescriptorLeak(t *testing.T) {
 	dir := t.TempDir()
 	before := count()
 	for range 20 {
-		for _, s := range []Spec{{"memory", 4, region.Content{}, in}, {"file", 4, region.Content{}, in}, {"memory", 5, region.Content{}, in},
-			{"file", 5, region.Content{}, in}, {"tape", 4, region.Content{}, in}, {"memory", 1 << 62, region.Content{}, in}} {
+		for _, s := range []Spec{{Backend: "memory", Size: 4, Input: in}, {Backend: "file", Size: 4, Input: in}, {Backend: "memory", Size: 5, Input: in},
+			{Backend: "file", Size: 5, Input: in}, {Backend: "tape", Size: 4, Input: in}, {Backend: "memory", Size: 1 << 62, Input: in}} {
 			if st, err := Open(context.Background(), s, dir); err == nil {
 				st.Close()
 			}
