@@ -18,7 +18,7 @@ import (
 // TestDigestExports: over NBD, the digests of any chunk size are an export
 // beside the region's; a plain server has none, and says so as a missing export.
 func TestDigestExports(t *testing.T) {
-	store, err := backend.Open(backend.Spec{Backend: "memory", Size: 70_000, Content: region.Content{Seed: 3}}, t.TempDir())
+	store, err := backend.Open(context.Background(), backend.Spec{Backend: "memory", Size: 70_000, Content: region.Content{Seed: 3}}, t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
