@@ -81,6 +81,8 @@ var metrics = [...]Metric{
 	{"duplicate_bytes", "B", Neither, false, "open start", "end of the measured section", "Region bytes that did not cross the link since the cache had a chunk of the same digest."},
 	{"dropped_pull_bytes", "B", Lower, false, "open start", "end of the measured section", "Bytes pulled in vain: written, or pulled by another, meanwhile."},
 	{"evicted_bytes", "B", Neither, false, "open start", "end of the measured section", "Bytes that left a bounded cache to make room, in whole chunks."},
+	{"recovered_bytes", "B", Neither, false, "open start", "open end", "Bytes that an earlier mount had not pushed and the journal of its cache brought back, in whole chunks."},
+	{"slowdown", "ratio", Lower, false, "first touch after the warm-up", "last touch returned", "Time of the touches / time of the same touches, with the same pauses, in memory that is all local."},
 	{"repeated_requests", "count", Lower, false, "open start", "end of the measured section", "Requests made again because the first took long."},
 	{"pull_retries", "count", Lower, false, "open start", "end of the measured section", "Background pulls that failed and were tried again."},
 	{"push_failures", "count", Lower, false, "open start", "end of the measured section", "Background pushes that failed; their chunks stay dirty."},

@@ -60,6 +60,7 @@ type Cell struct {
 	CPUs            string   // "source=0,daemon=1,workload=1"; "" leaves it to the scheduler
 	Settings        []string // key=value
 	Budget          time.Duration
+	Warm            bool  // read all once before the clock starts; slowdown is measured
 	Floors          bool  // measure the yardsticks beside each run
 	Missing         error // why it cannot run here; its runs are recorded as unsupported
 	InLab           bool  // of a figure's cell: means something in the lab kernel, whatever binds it
@@ -407,6 +408,9 @@ func (c *Cell) Params() string {
 	if c.Limit != WholeRegion {
 		extra = append(extra, "limit="+region.FormatSize(c.Limit))
 	}
+	if c.Warm {
+		extra = append(extra, "warm=true")
+	}
 	if c.Input != "" {
 		extra = append(extra, "input="+strings.NewReplacer(";", "_", "\n", "_").Replace(c.Input))
 	}
@@ -470,7 +474,7 @@ func (c *Cell) backendSettings() []string {
 func (c *Cell) work(seed uint64, dir string) role.Work {
 	return role.Work{
 		Op: c.Op, Access: c.real(c.Access), Threads: c.Threads, Think: c.Think, Limit: c.Limit, Budget: c.Budget, Seed: seed,
-		Size: c.Size, Content: region.Content{Seed: seed}, Input: c.real(c.Input), Via: c.Via, Advice: c.advice(), Direct: c.direct(),
+		Size: c.Size, Content: region.Content{Seed: seed}, Input: c.real(c.Input), Via: c.Via, Advice: c.advice(), Direct: c.direct(), Warm: c.Warm,
 		FileSystem: c.fileSystem(), Files: c.params.IntOr("files", 1), Dir: dir,
 	}
 }

@@ -31,6 +31,7 @@ func Figures() []Figure {
 		collectorFigures(),
 		pullFigures(),
 		deviceFigures(),
+		cacheFigures(),
 	)
 }
 

@@ -682,6 +682,9 @@ func (r *run) touches(m role.Mounted, t role.Touched) {
 		return
 	}
 	v["throughput"] = float64(t.Bytes) / seconds(t.End-t.Start)
+	if t.Local > 0 {
+		v["slowdown"] = float64(t.End-t.Start-t.First) / float64(t.Local)
+	}
 	v["fault_latency_p50"], v["fault_latency_p99"] = seconds(t.P50), seconds(t.P99)
 	v["fault_latency_p999"], v["fault_latency_max"] = seconds(t.P999), seconds(t.Max)
 	rate := float64(t.Bytes) / v["time_to_last_byte"]

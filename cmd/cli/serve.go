@@ -114,9 +114,10 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 	}
 	fmt.Fprintf(s.stderr, "serving %d regions on %s\n", len(exports), l.Addr())
 	t := &nbd.Transport{}
+	leases := transport.NewLeases(exports)
 	err = transport.Accept(s.ctx, l, o.connections, func(ctx context.Context, c net.Conn) {
 		peer := c.RemoteAddr()
-		if err := t.Serve(ctx, c, exports); err != nil && ctx.Err() == nil {
+		if err := t.Serve(ctx, c, leases); err != nil && ctx.Err() == nil {
 			fmt.Fprintf(s.stderr, "connection of %s: %v\n", peer, err)
 		}
 	})

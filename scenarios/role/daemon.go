@@ -2,6 +2,7 @@ package role
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -133,6 +134,9 @@ func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.
 		}
 		r.options = all.TransportOptions(params)
 		r.options.Name, r.options.ReadOnly = "region", a.Setup.ReadOnly
+		if !a.Setup.ReadOnly {
+			r.options.Writer = rand.Text()
+		}
 		var dial net.Dialer
 		r.dialer = transport.DialFunc(func(ctx context.Context) (net.Conn, error) { return dial.DialContext(ctx, "tcp", a.Source) })
 	}

@@ -126,8 +126,9 @@ func (s *source) serve(ctx context.Context, st strategies.Strategy, host string,
 		return "", err
 	}
 	store := chunk.Split(s.store, chunk.SplitSource, params)
+	exports := transport.NewLeases(transport.One{Name: "region", Store: store})
 	return s.accept(ctx, host, func(c net.Conn) {
-		if err := st.Serve(ctx, tr, c, transport.One{Name: "region", Store: store}, params); err != nil && ctx.Err() == nil {
+		if err := st.Serve(ctx, tr, c, exports, params); err != nil && ctx.Err() == nil {
 			fmt.Fprintln(os.Stderr, "source: serve:", err)
 		}
 	})

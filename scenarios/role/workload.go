@@ -26,14 +26,17 @@ const page = 4096
 
 // Work says what a workload does. The source replays it to know what was written.
 type Work struct {
-	Op      string         `json:"op"` // read, write, mixed (every second touch writes)
-	Access  string         `json:"access"`
-	Threads int            `json:"threads"` // each works on its own part of the region
-	Think   time.Duration  `json:"think"`   // pause after each touch
-	Limit   int64          `json:"limit"`   // bytes to touch; -1 is the whole region; 0 only the first chunk
-	Budget  time.Duration  `json:"budget"`  // stop after this time
-	Seed    uint64         `json:"seed"`
-	Size    int64          `json:"size"` // bytes of the region
+	Op      string        `json:"op"` // read, write, mixed (every second touch writes)
+	Access  string        `json:"access"`
+	Threads int           `json:"threads"` // each works on its own part of the region
+	Think   time.Duration `json:"think"`   // pause after each touch
+	Limit   int64         `json:"limit"`   // bytes to touch; -1 is the whole region; 0 only the first chunk
+	Budget  time.Duration `json:"budget"`  // stop after this time
+	Seed    uint64        `json:"seed"`
+	Size    int64         `json:"size"` // bytes of the region
+	// Warm: everything is read once, in order, before the clock starts, for at
+	// most the budget; and the touches are made once more afterwards, in local memory.
+	Warm    bool           `json:"warm"`
 	Content region.Content `json:"content"`
 	Input   string         `json:"input,omitempty"` // the file that the region must equal
 	Via     string         `json:"via"`             // map, file or path
@@ -53,6 +56,7 @@ type Touched struct {
 	Bytes int64   `json:"bytes"`
 	Start int64   `json:"start"` // CLOCK_MONOTONIC, ns: first touch begins
 	End   int64   `json:"end"`   // last touch returned
+	Local int64   `json:"local"` // ns the same touches took in local memory; 0 where not asked
 	First int64   `json:"first"` // ns the first load took; 0 where none was made
 	Last  bool    `json:"last"`  // all of the limit was reached within the budget
 	// Hist is the HDR histogram (ns) of all touches, V2 compressed, base64.
@@ -204,6 +208,11 @@ func newHistogram() *hdrhistogram.Histogram { return hdrhistogram.New(10, int64(
 // run touches the region as told and times each touch.
 func (w *workload) run(ctx context.Context, _ none) (Touched, error) {
 	k := w.work
+	if k.Warm {
+		if err := w.warm(ctx); err != nil {
+			return Touched{}, err
+		}
+	}
 	start, began := time.Now(), monotonic()
 	clock := func() int64 { return began + int64(time.Since(start)) }
 	t := Touched{Ops: make([]int64, k.Threads), Start: monotonic()}
@@ -273,6 +282,13 @@ func (w *workload) run(ctx context.Context, _ none) (Touched, error) {
 		})
 	}
 	wg.Wait()
+	if k.Warm {
+		d, err := w.rehearse(t.Ops)
+		if err != nil {
+			return t, err
+		}
+		t.Local = int64(d)
+	}
 	hist := newHistogram()
 	t.Last = true
 	var errs []error
@@ -296,6 +312,52 @@ func (w *workload) run(ctx context.Context, _ none) (Touched, error) {
 		errs = append(errs, err)
 	}
 	return t, errors.Join(errs...)
+}
+
+// warm reads the region once, in order, within the budget.
+func (w *workload) warm(ctx context.Context) error {
+	until := time.Now().Add(w.work.Budget)
+	for p := range region.Chunks(w.work.Size, page) {
+		if ctx.Err() != nil || time.Now().After(until) {
+			return ctx.Err()
+		}
+		off, n := w.work.pageRange(p)
+		if err := w.view.ReadAt(w.buf[off:off+n], off); err != nil {
+			return fmt.Errorf("warm up: %w", err)
+		}
+		w.seen[p] = 1
+	}
+	return nil
+}
+
+// rehearse makes the touches that were made once more in memory that is all
+// local, with the same pauses, and returns how long that took.
+func (w *workload) rehearse(ops []int64) (time.Duration, error) {
+	seqs, err := w.work.sequences()
+	if err != nil {
+		return 0, err
+	}
+	var wg sync.WaitGroup
+	start := time.Now()
+	for i, seq := range seqs {
+		wg.Go(func() {
+			var here [page]byte
+			hist, now := newHistogram(), time.Since(start) // each touch is timed, as those were
+			for range ops[i] {
+				pg, _ := seq.next()
+				off, n := w.work.pageRange(pg)
+				copy(here[:n], w.buf[off:off+n])
+				end := time.Since(start)
+				_ = hist.RecordValue(int64(end - now))
+				if now = end; w.work.Think > 0 {
+					time.Sleep(w.work.Think)
+					now = time.Since(start)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return time.Since(start), nil
 }
 
 // Verified says how many bytes were compared.

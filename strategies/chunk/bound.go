@@ -39,6 +39,7 @@ type bound struct {
 	drop    func(off, n int64) error
 	clean   func(ctx context.Context) error
 
+	streams streams
 	kick    chan struct{} // to the reclaimer
 	wg      sync.WaitGroup
 	evicted int64 // chunks
@@ -120,7 +121,7 @@ func (s *Syncer) room(ctx context.Context, n int64, wait bool) (int64, error) {
 		b.mu.Lock()
 		free := b.limit - b.used
 		if !wait && region.ClassOf(ctx) != region.Demand {
-			free -= b.low
+			free -= b.low / 2
 		}
 		got := min(n, max(0, free))
 		b.used += got
@@ -155,7 +156,7 @@ func (s *Syncer) room(ctx context.Context, n int64, wait bool) (int64, error) {
 	}
 }
 
-// full reports whether a prefetch would get no room.
+// full reports whether the cache is as full as the reclaimer lets it be.
 func (s *Syncer) full() bool {
 	b := s.bound
 	if b == nil {
@@ -422,4 +423,58 @@ func (s *Syncer) makeClean(cleaning chan struct{}) {
 		<-cleaning
 		b.poke()
 	})
+}
+
+// streams notices who reads on from where it stopped, a few readers at once.
+type streams struct {
+	mu   sync.Mutex
+	next [8]int64 // the chunk after the last read
+	hits [8]int   // reads in a row
+	old  int      // which to forget next
+}
+
+// see takes note of a read of chunks [lo, hi) and returns how many in a row it is.
+func (t *streams) see(lo, hi int64) int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i, next := range t.next {
+		if lo != next && lo != next-1 {
+			continue
+		}
+		if hi > next {
+			t.next[i] = hi
+			t.hits[i]++
+		}
+		return t.hits[i]
+	}
+	t.next[t.old], t.hits[t.old] = hi, 0
+	t.old = (t.old + 1) % len(t.next)
+	return 0
+}
+
+// readAhead asks, as Prefetch and without waiting, for what follows chunks [lo,
+// hi), which are being read, if they were reached in order: twice as much with
+// each such read, up to two extents. Without a Bound that is the Puller's work.
+func (s *Syncer) readAhead(lo, hi int64) {
+	b := s.bound
+	if b == nil {
+		return
+	}
+	hits := b.streams.see(lo, hi)
+	if hits < 2 {
+		return
+	}
+	end := min(hi+min(int64(1)<<min(hits, 20), 2*s.maxExtent), s.n)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for !s.closed {
+		from, to, stamp := s.claim(hi, end, s.maxExtent, region.Prefetch)
+		if from == to {
+			return
+		}
+		s.hedges.Go(func() {
+			// An error is the reader's to get, when it asks for the chunk itself.
+			_ = s.fetch(region.WithClass(s.ctx, region.Prefetch), from, to, stamp)
+		})
+	}
 }

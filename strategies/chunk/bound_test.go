@@ -269,3 +269,45 @@ func TestSlots(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 }
+
+// TestReadAhead: who reads a region that is larger than the cache in order does
+// not wait a round trip for each chunk; who reads at random pulls no more than it reads.
+func TestReadAhead(t *testing.T) {
+	for _, sequential := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			const size, rtt = 64 << 20, 20 * time.Millisecond
+			p := &pipe{size: size, rtt: rtt}
+			cache, err := NewSlots(size, 64<<10, 16<<20)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer cache.Close()
+			s, err := NewSyncer(p, cache, 64<<10, 512<<10)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			if err := s.Bound(16 << 20); err != nil {
+				t.Fatal(err)
+			}
+			begun := time.Now()
+			b := make([]byte, 64<<10)
+			for i := range int64(size >> 16) {
+				off := i << 16
+				if !sequential {
+					off = i * 389 % (size >> 16) << 16
+				}
+				if err := s.ReadAt(t.Context(), b, off); err != nil {
+					t.Fatal(err)
+				}
+			}
+			took, trips := time.Since(begun), time.Duration(size>>16)*rtt
+			if sequential && took > trips/8 {
+				t.Errorf("in order: %v, a round trip for each chunk would be %v", took, trips)
+			}
+			if !sequential && p.bytes > size*5/4 {
+				t.Errorf("at random: %d bytes were pulled for %d", p.bytes, int64(size))
+			}
+		})
+	}
+}

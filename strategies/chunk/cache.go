@@ -116,7 +116,7 @@ func (m *Memory) Close() error {
 	return unix.Munmap(m.mem)
 }
 
-// File is a cache in a file, which Close removes.
+// File is a cache in a file. That of NewFile is gone after Close, that of OpenFile stays.
 type File struct {
 	f     *os.File
 	size  int64
@@ -138,6 +138,22 @@ func NewFile(dir string, size int64) (*File, error) {
 	}
 	return &File{f: f, size: size, close: sync.OnceValue(f.Close)}, nil
 }
+
+// OpenFile opens the file "cache" in the existing folder dir as a cache of size
+// bytes, with what it holds, or makes it. Remove removes it.
+func OpenFile(dir string, size int64) (*File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "cache"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open the cache file: %w", err)
+	}
+	if err := f.Truncate(size); err != nil {
+		return nil, errors.Join(fmt.Errorf("make the cache file of %d bytes: %w", size, err), f.Close())
+	}
+	return &File{f: f, size: size, close: sync.OnceValue(f.Close)}, nil
+}
+
+// Remove removes the name of a file of OpenFile.
+func (c *File) Remove() error { return os.Remove(c.f.Name()) }
 
 // Size implements region.Store.
 func (c *File) Size() int64 { return c.size }

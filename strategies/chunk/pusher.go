@@ -196,9 +196,23 @@ func (p *Pusher) Flush(ctx context.Context) error {
 		}
 		// If a connection was lost between the two, the flush spoke for the new one only.
 		if p.lost.Load() == lost {
-			p.unflushed.Clear(0, p.n)
+			return p.settle()
+		}
+	}
+}
+
+// settle says that the source has, flushed, all that was pushed.
+func (p *Pusher) settle() error {
+	for at := int64(0); ; {
+		lo, hi, ok := p.unflushed.Next(at, p.n)
+		if !ok {
 			return nil
 		}
+		if err := p.journal.unmark(lo, hi, p.dirty.Has); err != nil {
+			return err // unflushed still: tried again by the next flush
+		}
+		p.unflushed.Clear(lo, hi)
+		at = hi
 	}
 }
 

@@ -18,6 +18,8 @@ type Reopen struct {
 	open func(ctx context.Context) (region.Store, error)
 	lost func()
 	size int64
+	// epoch of the lease to write, with which it was opened; 0 is without one.
+	epoch uint32
 
 	lock   chan struct{} // one token, held while opening
 	mu     sync.Mutex
@@ -40,9 +42,16 @@ func OpenAgain(ctx context.Context, open func(ctx context.Context) (region.Store
 	if lost == nil {
 		lost = func() {}
 	}
-	r := &Reopen{open: open, lost: lost, size: cur.Size(), lock: make(chan struct{}, 1), cur: cur}
+	r := &Reopen{open: open, lost: lost, size: cur.Size(), epoch: epochOf(cur), lock: make(chan struct{}, 1), cur: cur}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r, nil
+}
+
+func epochOf(s region.Store) uint32 {
+	if e, ok := s.(region.Epocher); ok {
+		return e.Epoch()
+	}
+	return 0
 }
 
 // Size implements region.Store.
@@ -135,6 +144,10 @@ func (r *Reopen) get(ctx context.Context) (region.Store, error) {
 	}
 	if s.Size() != r.size {
 		err := fmt.Errorf("the remote region has %d bytes and had %d: %w", s.Size(), r.size, region.ErrMismatch)
+		return nil, errors.Join(err, s.Close())
+	}
+	if e := epochOf(s); e != r.epoch {
+		err := fmt.Errorf("another host had the lease to write the region meanwhile, number %d, ours was %d: %w", e-1, r.epoch, region.ErrMismatch)
 		return nil, errors.Join(err, s.Close())
 	}
 	r.lost()

@@ -14,7 +14,10 @@ import (
 	"memsync/strategies/region"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	playKilled()
+	goleak.VerifyTestMain(m)
+}
 
 // aligned is a store that refuses requests that are no whole chunks.
 type aligned struct {

@@ -66,6 +66,7 @@ type Syncer struct {
 	pushing       *Set
 	unflushed     *Set       // pushed since the remote store was last flushed
 	moving        sync.Mutex // held while chunks move from unflushed back to dirty
+	journal       *Journal   // nil: what is dirty goes with the process
 	bound         *bound     // nil: the cache may hold the whole region
 	maxExtent     int64      // chunks in one request
 	start         time.Time
@@ -214,6 +215,7 @@ func (s *Syncer) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if s.present(lo, hi) {
 		s.countLocal(n)
 	}
+	s.readAhead(lo, hi)
 	for end := off + n; off < end; {
 		i := off >> s.shift
 		j := s.pin(i, hi)
@@ -268,7 +270,13 @@ func (s *Syncer) WriteAt(ctx context.Context, p []byte, off int64) error {
 		// After the bytes, and before anybody can see the chunk as local and clean;
 		// on an error too, since some bytes may have changed.
 		if err == nil || !claimed {
-			s.dirty.Mark(i, j)
+			jerr := s.journal.mark(i, j, func() { s.dirty.Mark(i, j) })
+			if err == nil {
+				err = jerr
+			}
+		}
+		if err != nil && claimed {
+			s.dirty.Clear(i, j) // it is to be Remote again
 		}
 		if claimed {
 			s.publish(i, j, err == nil)

@@ -60,6 +60,8 @@ func params() []param.Spec {
 		{Name: "dirty_limit", Kind: param.KindSize, Default: "256MiB", Doc: "bytes that may wait to be pushed before a writer has to; 0 is any"},
 		{Name: "cache", Kind: param.KindSize, Default: "0", Doc: "most bytes that the local cache holds; what was not used for long makes room, what is dirty is pushed first; 0 is the region, else at least 16 chunks"},
 		{Name: "cache_kind", Kind: param.KindEnum, Default: "memory", Values: []string{"memory", "file"}, Doc: "where local chunks are kept"},
+		{Name: "cache_dir", Kind: param.KindString, Doc: "existing folder for the cache and a journal of what waits to be pushed, which the next mount with the same folder pushes if this one is killed; by default nothing outlives the mount"},
+		{Name: "recover", Kind: param.KindEnum, Default: "push", Values: []string{"push", "discard"}, Doc: "what to do with what an earlier mount left in cache_dir"},
 		{Name: "cache_delay", Kind: param.KindDuration, Default: "0s", Max: int64(time.Minute), Doc: "that each access of the cache takes more, to imitate a slow disk"},
 		{Name: "cache_rate", Kind: param.KindSize, Default: "0", Doc: "bytes per second that the cache reads and writes at most, to imitate a slow disk; 0 is any"},
 	}
@@ -77,11 +79,13 @@ func (Strategy) Info() strategies.Info {
 		DefaultChunk: 64 << 10,
 		PullWorkers:  16, // x extent is the window
 		PushWorkers:  4,
-		Consistency: "One writing host: each chunk is read from the source once and is the mount's own from then on. " +
+		Consistency: "One writing host at a time, by a lease that the source grants with an epoch; a second one is refused, and one that comes back after another refuses to go on. " +
+			"Foreign servers grant no lease: one writer is the user's to ensure there. Readers, any number, mount read-only. " +
+			"Each chunk is read from the source once, and again only after it left a cache smaller than the region. " +
 			"Readers of the device see its writers at once (one page cache, one cache). " +
 			"Writes are pushed in the background, a chunk at a time and in no particular order, so that the source is consistent only after " +
 			"Sync or Close: all that the workload wrote back (msync, fsync) before is at the source then. " +
-			"Changes at the source after the mount may or may not be seen.",
+			"Changes at the source after the mount, by whom a lease does not bind, may or may not be seen.",
 	}
 }
 
@@ -189,6 +193,14 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 			return nil, err
 		}
 	}
+	if m.journal != nil {
+		if m.recovered, err = syncer.Recover(m.journal); err != nil {
+			return nil, fmt.Errorf("recover the cache in %s: %w", p.Text("cache_dir"), err)
+		}
+		if m.recovered > 0 && o.ReadOnly {
+			return nil, fmt.Errorf("%d bytes in %s wait to be pushed, and this mount is read-only: %w", m.recovered, p.Text("cache_dir"), region.ErrReadOnly)
+		}
+	}
 	m.pusher = chunk.StartPusher(syncer, chunk.PushOptions{
 		Workers: o.PushWorkers, Interval: p.Duration("push_interval"), DirtyLimit: p.Size("dirty_limit"),
 		SyncWorkers: max(syncWorkers, o.PushWorkers),
@@ -277,6 +289,8 @@ func cacheLimit(o strategies.Options, size int64) (int64, error) {
 func (m *mount) openCache(o strategies.Options, size, limit int64) (region.Store, error) {
 	kind := o.Params.Text("cache_kind")
 	switch {
+	case o.Device == "uffd" && o.Params.Text("cache_dir") != "":
+		return nil, fmt.Errorf("cache_dir with device uffd, whose stores no file sees: %w", region.ErrNotSupported)
 	case o.Device == "uffd" && kind != "memory":
 		return nil, fmt.Errorf("cache_kind=%s with device uffd, whose cache is the memory that the workload maps: %w", kind, region.ErrNotSupported)
 	case o.Device == "uffd":
@@ -286,6 +300,8 @@ func (m *mount) openCache(o strategies.Options, size, limit int64) (region.Store
 		}
 		m.memory = memory
 		return memory, nil
+	case o.Params.Text("cache_dir") != "":
+		return m.openKept(o, size)
 	case kind == "file":
 		f, err := chunk.NewFile(o.Dir, size)
 		if err != nil {
@@ -307,7 +323,26 @@ func (m *mount) openCache(o strategies.Options, size, limit int64) (region.Store
 	return mem, nil
 }
 
+// openKept opens the cache that outlives the mount, and its journal.
+func (m *mount) openKept(o strategies.Options, size int64) (region.Store, error) {
+	dir := o.Params.Text("cache_dir")
+	journal, err := chunk.OpenJournal(dir, size, o.Chunk, o.Params.Text("recover") == "discard")
+	if err != nil {
+		return nil, err
+	}
+	m.journal = journal
+	f, err := chunk.OpenFile(dir, size)
+	if err != nil {
+		return nil, err
+	}
+	m.kept = f
+	return f, nil
+}
+
 type mount struct {
+	journal     *chunk.Journal // with cache_dir; else nil
+	kept        *chunk.File    // the same
+	recovered   int64          // bytes that an earlier mount left
 	remote      *chunk.Reopen
 	cache       region.Store
 	pusher      *chunk.Pusher // with the syncer in it
@@ -378,7 +413,7 @@ func (m *mount) Stats() strategies.Stats {
 		Extra: map[string]int64{
 			"local_bytes": m.pusher.LocalBytes(), "dirty_bytes": m.pusher.DirtyBytes(),
 			"zero_bytes": zero, "duplicate_bytes": same,
-			"dropped_pull_bytes": s.DroppedBytes, "evicted_bytes": m.pusher.Evicted(), "repeated_requests": s.Repeated,
+			"dropped_pull_bytes": s.DroppedBytes, "evicted_bytes": m.pusher.Evicted(), "recovered_bytes": m.recovered, "repeated_requests": s.Repeated,
 			"pull_retries": m.puller.Retries(), "push_failures": failures,
 			"device_reads": d.ReadRequests, "device_writes": d.WriteRequests, "device_flushes": d.Flushes, "device_errors": d.Errors,
 		},
@@ -430,6 +465,12 @@ func (m *mount) close(ctx context.Context) (err error) {
 	}
 	if m.cache != nil {
 		err = errors.Join(err, m.cache.Close())
+	}
+	if m.journal != nil {
+		if m.kept != nil && m.journal.Empty() {
+			err = errors.Join(err, m.kept.Remove())
+		}
+		err = errors.Join(err, m.journal.Close())
 	}
 	return err
 }

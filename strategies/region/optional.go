@@ -52,3 +52,7 @@ type Blocker interface {
 type ReadOnlyer interface {
 	ReadOnly() bool
 }
+
+// Epocher tells with which epoch of the lease to write a Store was opened (see
+// transport.Leases); 0 means that the source knows no leases.
+type Epocher interface{ Epoch() uint32 }

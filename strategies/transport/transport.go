@@ -52,7 +52,11 @@ type Options struct {
 	Name        string // of the export; empty is the source's default
 	Connections int    // number of connections opened together, 1..16; 0: the transport chooses
 	ReadOnly    bool   // refuse writes on this side
-	Window      int64  // bytes of background requests in flight; 0: the transport chooses
+	// Writer asks to be the only host that writes, by a name that no other uses
+	// (see Leaser); empty does not ask. A source that knows no leases grants nothing
+	// and refuses nothing: see region.Epocher.
+	Writer string
+	Window int64 // bytes of background requests in flight; 0: the transport chooses
 }
 
 // Transport is a wire protocol between daemon and source.

@@ -90,7 +90,7 @@ func (t *Transport) open(ctx context.Context, d transport.Dialer, o transport.Op
 					return nil
 				}
 			}
-			if links[i], exports[i], err = t.negotiate(ctx, nc, o.Name, false); err != nil {
+			if links[i], exports[i], err = t.negotiate(ctx, nc, o.Name, o.Writer, false); err != nil {
 				nc.Close()
 				if auto && i > 0 {
 					links[i] = nil
@@ -121,7 +121,7 @@ func (t *Transport) open(ctx context.Context, d transport.Dialer, o transport.Op
 		links = links[:1]
 	}
 	for i := range links {
-		if err == nil && (exports[i].Size != exports[0].Size || exports[i].Flags != exports[0].Flags) {
+		if err == nil && (exports[i].Size != exports[0].Size || exports[i].Flags != exports[0].Flags || exports[i].lease != exports[0].lease) {
 			err = fmt.Errorf("connections see exports of %d and %d bytes: %w", exports[0].Size, exports[i].Size, region.ErrMismatch)
 		}
 	}
@@ -177,6 +177,9 @@ func (c *Client) Export() Export { return c.export }
 
 // Connections is the number of connections in use.
 func (c *Client) Connections() int { return len(c.conns) }
+
+// Epoch implements region.Epocher.
+func (c *Client) Epoch() uint32 { return c.export.lease }
 
 // Size is the export's size in bytes.
 func (c *Client) Size() int64 { return c.export.Size }

@@ -9,6 +9,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"strings"
 	"time"
 
 	"memsync/strategies/region"
@@ -26,7 +27,8 @@ type Export struct {
 	Allocation  bool          // block status with base:allocation is on offer
 	TLS         bool
 
-	meta uint32
+	meta  uint32
+	lease uint32 // its epoch; 0 where the server grants none
 }
 
 func (e Export) style() replyStyle {
@@ -232,7 +234,7 @@ func (l *link) startTLS(ctx context.Context, cfg *tls.Config) error {
 
 // negotiate opens the export called name on nc. With compact it asks for
 // nothing that a plain client, such as the kernel's, does not know.
-func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name string, compact bool) (l *link, e Export, err error) {
+func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name, writer string, compact bool) (l *link, e Export, err error) {
 	if len(name) > maxString {
 		return nil, e, fmt.Errorf("export name of %d bytes, the limit is %d", len(name), maxString)
 	}
@@ -256,7 +258,14 @@ func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name string, com
 	// All options go out at once: one round trip for all their answers.
 	var b []byte
 	if !compact {
-		meta := appendString(be.AppendUint32(appendString(nil, name), 1), baseAllocation)
+		queries := []string{baseAllocation}
+		if writer != "" {
+			queries = append(queries, leaseContext+writer)
+		}
+		meta := be.AppendUint32(appendString(nil, name), uint32(len(queries)))
+		for _, q := range queries {
+			meta = appendString(meta, q)
+		}
 		b = appendOption(b, optStructuredReply, nil)
 		b = appendOption(b, optExtendedHeaders, nil)
 		b = appendOption(b, optSetMetaContext, meta)
@@ -291,8 +300,10 @@ func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name string, com
 		}
 		if r, err := l.replies(optSetMetaContext, e.metaContext); err != nil {
 			return nil, e, err
+		} else if writer != "" && r.typ == repErrPolicy {
+			return nil, e, r.err(optSetMetaContext)
 		} else if r.typ != repAck {
-			e.Allocation = false
+			e.Allocation, e.lease = false, 0
 		}
 	}
 	r, err := l.replies(optGo, e.info)
@@ -316,6 +327,10 @@ func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name string, com
 func (e *Export) metaContext(r optReply) error {
 	if r.typ != repMetaContext || len(r.data) < 4 || len(r.data) > 4+maxString {
 		return protocolError("reply of type %d and %d bytes to %v", r.typ, len(r.data), optSetMetaContext)
+	}
+	if strings.HasPrefix(string(r.data[4:]), leaseContext) && e.lease == 0 {
+		e.lease = be.Uint32(r.data)
+		return nil
 	}
 	if string(r.data[4:]) != baseAllocation || e.Allocation {
 		return protocolError("metadata context %.200q, which was not asked for", r.data[4:])
@@ -406,7 +421,7 @@ func (t *Transport) Negotiate(ctx context.Context, conn net.Conn, name string) (
 	}
 	ctx, cancel := context.WithTimeout(ctx, t.handshakeTimeout())
 	defer cancel()
-	l, e, err := t.negotiate(ctx, conn, name, true)
+	l, e, err := t.negotiate(ctx, conn, name, "", true)
 	if err == nil && len(l.buffered()) > 0 {
 		err = protocolError("%d bytes after the handshake, before any request", len(l.buffered()))
 	}

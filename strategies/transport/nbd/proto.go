@@ -361,3 +361,9 @@ func parseMeta(b []byte) (name string, queries []string, ok bool) {
 	}
 	return name, queries, len(b) == 0
 }
+
+// leaseContext begins the name of the metadata context by which a client asks to
+// be the only writer; the rest is the writer's name. The id in the answer is the
+// epoch of its lease. Nothing else is offered with it. It is memsync's own: other servers
+// leave a context that they do not know out, as the protocol has it.
+const leaseContext = "memsync:writer:"

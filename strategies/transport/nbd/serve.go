@@ -107,7 +107,11 @@ func (s *session) request(ctx context.Context, r request) error {
 	}
 	if r.cmd == cmdWrite && data != nil && r.flags&cmdFlagFUA == 0 && s.traits.viewer != nil {
 		if _, ok := s.traits.viewer.View(int64(r.off), int64(r.length)); ok { // in memory: as quick as a hand-over
-			err := s.store.WriteAt(ctx, *data, int64(r.off))
+			end, err := s.grant.Begin()
+			if err == nil {
+				err = s.store.WriteAt(ctx, *data, int64(r.off))
+				end()
+			}
 			s.t.buffers.put(data)
 			s.memory.Release(weight)
 			if err != nil {
@@ -129,6 +133,16 @@ func (s *session) request(ctx context.Context, r request) error {
 		}
 	}()
 	return nil
+}
+
+// fenced reports whether a write would be refused now.
+func (s *session) fenced() bool {
+	end, err := s.grant.Begin()
+	if err != nil {
+		return true
+	}
+	end()
+	return false
 }
 
 // check returns what is wrong with a request, or 0.
@@ -169,6 +183,8 @@ func (s *session) check(r *request) (Errno, string) {
 			return EINVAL, "flush of a range"
 		}
 		return 0, ""
+	case write && s.fenced():
+		return EPERM, "another host has the lease to write"
 	case write && tr.flags&FlagReadOnly != 0:
 		return EPERM, "export is read-only"
 	case r.cmd == cmdTrim && tr.trimmer == nil, r.cmd == cmdCache && tr.cacher == nil:
@@ -367,6 +383,13 @@ func (s *session) runs(ctx context.Context, r request, f func(off, n uint64, zer
 func (s *session) perform(ctx context.Context, r request, data *[]byte) error {
 	off, n := int64(r.off), int64(r.length)
 	var err error
+	if r.cmd == cmdWrite || r.cmd == cmdTrim || r.cmd == cmdWriteZeroes {
+		end, err := s.grant.Begin()
+		if err != nil {
+			return s.send([][]byte{s.refusal(nil, r, EPERM, err.Error())})
+		}
+		defer end()
+	}
 	switch r.cmd {
 	case cmdRead:
 		return s.read(ctx, r)

@@ -44,6 +44,7 @@ type session struct {
 	hasStore bool
 	store    region.Store
 	traits   traits
+	grant    *transport.Grant // nil where the exports have no leases
 
 	memory *semaphore.Weighted
 	work   sync.WaitGroup
@@ -116,6 +117,7 @@ func (t *Transport) serve(ctx context.Context, nc net.Conn, e transport.Exports)
 		<-closed
 	}
 	s.work.Wait()
+	s.grant.End()
 	switch {
 	case err == nil:
 		return nil
@@ -258,12 +260,36 @@ func (s *session) open(name string) error {
 	if err != nil {
 		return err
 	}
+	var grant *transport.Grant
+	if l, ok := s.exports.(transport.Leaser); ok {
+		if grant, err = l.Lease(name, ""); err != nil {
+			return err
+		}
+	}
 	tr, err := traitsOf(store)
 	if err != nil {
 		return fmt.Errorf("export %q: %w", name, err)
 	}
+	s.grant.End() // of another export
 	s.store, s.traits, s.export, s.hasStore = store, tr, name, true
+	s.grant = grant
 	return nil
+}
+
+// lease makes the client the only writer of the export that is open, and returns
+// its epoch; 0 where there are no leases.
+func (s *session) lease(writer string) (uint32, error) {
+	l, ok := s.exports.(transport.Leaser)
+	if !ok || writer == "" || len(writer) > maxString {
+		return 0, nil
+	}
+	grant, err := l.Lease(s.export, writer)
+	if err != nil {
+		return 0, err
+	}
+	s.grant.End()
+	s.grant = grant
+	return grant.Epoch(), nil
 }
 
 // transmissionFlags are the export's, for what was negotiated.
@@ -411,6 +437,15 @@ func (s *session) option(out []byte, o option, data []byte) (_ []byte, proceed b
 		}
 		found := o == optListMetaContext && len(queries) == 0
 		for _, q := range queries {
+			if writer, ok := strings.CutPrefix(q, leaseContext); ok && o == optSetMetaContext {
+				epoch, err := s.lease(writer)
+				if err != nil {
+					return refuse(repErrPolicy, "%v", err)
+				}
+				if epoch != 0 {
+					out = appendOptReply(out, o, repMetaContext, append(be.AppendUint32(nil, epoch), q...))
+				}
+			}
 			if !strings.Contains(q, ":") {
 				return refuse(repErrInvalid, "query %.100q has no namespace", q)
 			}
