@@ -33,6 +33,7 @@ var layers = []struct {
 	{"strategies/device/fuse", 7, false},
 	{"strategies/device/nbdk", 7, false},
 	{"strategies/device/uffd", 7, false},
+	{"strategies/dirty", 6, false},
 	{"strategies/transport/nbd", 8, false},
 	{"strategies/transport", 9, false},
 	{"strategies/chunk", 10, false},
