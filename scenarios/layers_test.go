@@ -37,6 +37,7 @@ var layers = []struct {
 	{"strategies/transport/nbd", 8, false},
 	{"strategies/transport", 9, false},
 	{"strategies/chunk", 10, false},
+	{"strategies/delta", 10, false},
 	{"strategies/hash", 10, false},
 	{"strategies/backend", 11, false},
 	{"strategies/backend/directory", 12, false},
