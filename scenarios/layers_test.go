@@ -25,6 +25,7 @@ var layers = []struct {
 	{"strategies/probe", 4, false},
 	{"strategies/baseline", 4, false},
 	{"strategies/direct", 4, false},
+	{"strategies/hashsync", 4, false},
 	{"strategies/managed", 4, false},
 	{"strategies/nbddirect", 4, false},
 	{"strategies/userfaultfd", 4, false},

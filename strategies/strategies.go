@@ -33,6 +33,7 @@ const (
 	Snapshots Capability = "snapshot" // can take a consistent image of the region
 	LocalOnly Capability = "local"    // a baseline: the data is on this host, no link
 	Prefetch  Capability = "prefetch" // moves bytes before they are asked for
+	Copies    Capability = "copy"     // reads all of the source before a workload can attach
 )
 
 // Info describes a strategy. It is plain data, equal on every machine.
@@ -144,6 +145,19 @@ type Attachment struct {
 	ReadOnly bool     `json:"read_only,omitempty"`
 	Populate bool     `json:"populate,omitempty"` // map with MAP_POPULATE: page tables are warm
 	Fault    *Fault   `json:"fault,omitempty"`
+	// Track: the workload prepares its mapping for this way of finding dirty pages
+	// (dirty.Arm) and hands what it gets to the source; empty is none.
+	Track string `json:"track,omitempty"`
+	// Versions: a reader takes each chunk whole, by its version.
+	Versions *Versions `json:"versions,omitempty"`
+}
+
+// Versions says where the versions of chunks lie in the attachment's file: 8 bytes
+// each, from Offset on, native byte order. A version is odd while its chunk is being
+// changed; it is even and another one afterwards.
+type Versions struct {
+	Offset int64 `json:"offset"` // bytes; a multiple of the page size
+	Chunk  int64 `json:"chunk"`  // bytes
 }
 
 // Fault says how to map and register a region that is served by userfaultfd.
@@ -167,6 +181,42 @@ type Mount interface {
 	// and mount point. The workload should have detached. It may be called
 	// twice and returns the first error.
 	Close(ctx context.Context) error
+}
+
+// Publisher is a strategy whose region is written at the source, by a workload
+// there, and whose source serves all connections from one state.
+type Publisher interface {
+	// Publish makes the region that the writer attaches to, with content in it.
+	Publish(ctx context.Context, content region.Store, o PublishOptions) (Publication, error)
+}
+
+// PublishOptions say how to publish.
+type PublishOptions struct {
+	Chunk  int64        // bytes; a power of two, at least a page
+	Dir    string       // an existing scratch folder of the run
+	Pwrite bool         // the writer uses pwrite, not a mapping
+	Params param.Values // validated against Info.Params
+}
+
+// Writer is a writer's mapping that was armed as Attachment.Track said.
+type Writer struct {
+	PID    int
+	Base   uintptr
+	Length int64 // bytes, whole pages
+	Uffd   *os.File
+}
+
+// Publication is a region that is written at the source. All methods may be
+// called concurrently.
+type Publication interface {
+	Attachment() Attachment // for the writer
+	Track(w Writer) error
+	// Serve answers a connection, as Strategy.Serve.
+	Serve(ctx context.Context, conn net.Conn) error
+	// Sync returns once all connected destinations have what was written before.
+	Sync(ctx context.Context) error
+	Stats() Stats
+	Close() error
 }
 
 // FaultServer is what a Mount with AttachFault implements. ServeFaults takes

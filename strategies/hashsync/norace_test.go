@@ -1,0 +1,5 @@
+//go:build !race
+
+package hashsync
+
+const raceEnabled = false

@@ -1,0 +1,311 @@
+package hashsync
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"time"
+
+	"memsync/strategies/chunk"
+	"memsync/strategies/delta"
+	"memsync/strategies/dirty"
+	"memsync/strategies/hash"
+	"memsync/strategies/region"
+)
+
+// SourceOptions say how a source looks for changes.
+type SourceOptions struct {
+	Name     string
+	Chunk    int64     // bytes; a power of two, 4 KiB to 1 MiB
+	Hash     hash.Func // portable
+	Workers  int       // that hash, at least 1
+	Interval time.Duration
+	Delta    delta.Mode
+	// Detector says where to look; nil is everywhere. The source closes it.
+	Detector dirty.Detector
+	// Pages: the detector names pages, so that what it names has changed for
+	// certain and is not hashed twice.
+	Pages bool
+	// Check is called before each round; an error ends the source. May be nil.
+	Check func() error
+}
+
+// Source is the copy of a region that is written. It looks for changes every
+// interval and sends them to all destinations. All methods may be called concurrently.
+type Source struct {
+	*node
+	o      SourceOptions
+	bytes  hash.Bytes
+	enc    *delta.Encoder
+	index  *delta.Index
+	shadow []byte
+	fresh  []byte // table of a look at everything
+
+	asked  chan chan uint64
+	cancel context.CancelFunc
+}
+
+// NewSource hashes all of b and begins to look. read copies bytes of the region
+// while others may write them.
+func NewSource(ctx context.Context, b hash.Bytes, read func(ctx context.Context, p []byte, off int64) error, o SourceOptions) (_ *Source, err error) {
+	n, err := newNode(o.Name, b.Size(), o.Chunk, o.Hash)
+	if err != nil {
+		return nil, err
+	}
+	s := &Source{node: n, o: o, bytes: b, index: delta.NewIndex(b.Size()), asked: make(chan chan uint64), fresh: make([]byte, len(n.table))}
+	n.read = read
+	if s.o.Workers < 1 {
+		s.o.Workers = 1
+	}
+	if s.enc, err = delta.NewEncoder(o.Delta); err != nil {
+		return nil, err
+	}
+	if o.Delta == delta.Runs {
+		s.shadow = make([]byte, b.Size())
+	}
+	if o.Detector != nil { // what is written from here on is reported later
+		if err := o.Detector.Collect(ctx, func(int64, int64) {}); err != nil {
+			return nil, err
+		}
+	}
+	// Nobody has anything yet: note what is there, piece by piece.
+	for lo := int64(0); lo < n.chunks(); lo += n.perPiece() {
+		if err := s.emit(ctx, lo, min(lo+n.perPiece(), n.chunks())); err != nil {
+			return nil, err
+		}
+	}
+	run, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	s.cancel = cancel
+	go func() {
+		err := s.loop(run)
+		if run.Err() != nil {
+			err = nil
+		}
+		s.enc.Close()
+		n.end(err)
+	}()
+	return s, nil
+}
+
+// Close ends the loop; destinations stay as they are.
+func (s *Source) Close() error {
+	s.cancel()
+	s.mu.Lock()
+	s.cond.Broadcast()
+	s.mu.Unlock()
+	<-s.done
+	if s.o.Detector != nil {
+		return errors.Join(s.err, s.o.Detector.Close())
+	}
+	return s.err
+}
+
+// Serve answers a connection of a destination.
+func (s *Source) Serve(ctx context.Context, conn net.Conn) error {
+	return serve(ctx, conn, func(name string, _ int64) (*node, error) {
+		if name != s.name {
+			return nil, fmt.Errorf("region %q: %w", name, region.ErrMissing)
+		}
+		return s.node, nil
+	})
+}
+
+// Sync makes a round now and waits until every destination that is connected has
+// it: all that was written before the call. It returns the round.
+func (s *Source) Sync(ctx context.Context) (uint64, error) {
+	answer := make(chan uint64, 1)
+	select {
+	case s.asked <- answer:
+	case <-s.done:
+		return 0, errors.Join(s.err, region.ErrClosed)
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	}
+	select {
+	case r := <-answer:
+		return r, s.acknowledged(ctx, r)
+	case <-s.done:
+		return 0, errors.Join(s.err, region.ErrClosed)
+	case <-ctx.Done():
+		return 0, context.Cause(ctx)
+	}
+}
+
+// loop looks when it is time, when it is asked to, and when a destination wants more.
+func (s *Source) loop(ctx context.Context) error {
+	t := time.NewTimer(s.o.Interval)
+	defer t.Stop()
+	stop := context.AfterFunc(ctx, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.cond.Broadcast()
+	})
+	defer stop()
+	more := false
+	for {
+		var answer chan uint64
+		poll := false
+		if more { // do not wait for anything
+			select {
+			case answer = <-s.asked:
+			case <-t.C:
+				poll = true
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-s.kick:
+			}
+		} else {
+			select {
+			case answer = <-s.asked:
+			case <-t.C:
+				poll = true
+			case <-s.kick:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		var err error
+		if more, err = s.cycle(ctx, poll || answer != nil, answer != nil); err != nil {
+			return err
+		}
+		if answer != nil {
+			answer <- s.round
+		}
+		if poll || answer != nil {
+			t.Reset(s.o.Interval)
+		}
+	}
+}
+
+// cycle is one round: what changed, where it looks, and what destinations lack.
+func (s *Source) cycle(ctx context.Context, look, force bool) (more bool, err error) {
+	n := s.node
+	n.own.Lock()
+	defer n.own.Unlock()
+	lacking := n.joining
+	for o := range n.list() {
+		lacking = lacking || o.stale.Count() > 0
+	}
+	if !look && !lacking {
+		return false, nil
+	}
+	n.round++
+	sent := force || lacking
+	emit := func(lo, hi int64) error { return s.emit(ctx, lo, hi) }
+	if look {
+		if s.o.Check != nil {
+			if err := s.o.Check(); err != nil {
+				return false, err
+			}
+		}
+		set, err := s.changed(ctx)
+		if err != nil {
+			return false, err
+		}
+		for at := int64(0); ; {
+			lo, hi, ok := set.Next(at, n.perPiece())
+			if !ok {
+				break
+			}
+			if err := ctx.Err(); err != nil {
+				return false, err
+			}
+			if err := emit(lo, hi); err != nil {
+				return false, err
+			}
+			at, sent = hi, true
+		}
+	}
+	if !sent {
+		n.round--
+		return false, nil
+	}
+	if more, err = n.fill(ctx, emit); err != nil {
+		return more, err
+	}
+	n.finish()
+	return more, nil
+}
+
+// changed returns the chunks to look at: those that the detector names or, where
+// it names all or nothing, those of them whose digest is another one.
+func (s *Source) changed(ctx context.Context) (*chunk.Set, error) {
+	n := s.node
+	set := chunk.NewSet(n.chunks())
+	named := int64(0)
+	mark := func(off, length int64) {
+		set.Mark(off/n.chunk, region.Chunks(off+length, n.chunk))
+		named += length
+	}
+	if s.o.Detector == nil {
+		mark(0, n.size)
+	} else if err := s.o.Detector.Collect(ctx, mark); err != nil {
+		return nil, err
+	}
+	if named > 0 && !s.o.Pages {
+		if err := hash.Table(ctx, n.f, s.bytes, n.chunk, s.o.Workers, s.fresh); err != nil {
+			return nil, fmt.Errorf("hash the region: %w", err)
+		}
+		for i, k := int64(0), n.f.Size; i < n.chunks(); i++ {
+			if bytes.Equal(s.fresh[int(i)*k:int(i+1)*k], n.entry(i, i+1)) {
+				set.Clear(i, i+1)
+			}
+		}
+	}
+	n.mu.Lock()
+	n.stats.Candidates += named
+	n.mu.Unlock()
+	return set, nil
+}
+
+// emit takes a copy of the chunks, which may change again at any moment, notes
+// its digests and publishes it. What is sent is what was digested.
+func (s *Source) emit(ctx context.Context, lo, hi int64) error {
+	n := s.node
+	off, length := n.extent(lo, hi)
+	p := n.stage[:length]
+	if err := hash.Guard(func() error { return n.read(ctx, p, off) }); err != nil {
+		return fmt.Errorf("read %d bytes at %d: %w", length, off, err)
+	}
+	d := n.sum(p)
+	var body []byte
+	if !bytes.Equal(d, n.entry(lo, hi)) {
+		body = []byte{0} // changed; nobody reads it where nobody is equal so far
+		if rate, any := n.slowest(); any {
+			pc := delta.Piece{New: p, Off: off, Index: s.index, Usable: func(o, k int64) bool { return o >= off && o+k <= n.size }}
+			if s.shadow != nil {
+				pc.Old = s.shadow[off : off+length]
+			}
+			body = s.enc.Encode(pc, rate)
+		}
+		copy(n.entry(lo, hi), d)
+		s.index.Update(off, p)
+		if s.shadow != nil {
+			copy(s.shadow[off:], p)
+		}
+		n.mu.Lock()
+		n.stats.Changed += length
+		n.mu.Unlock()
+	}
+	n.publish(ctx, lo, p, d, body)
+	return nil
+}
+
+// slowest is the lowest rate, in bytes a second, at which frames leave to a
+// destination that is equal so far; any is false where there is none.
+func (n *node) slowest() (rate float64, any bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for s := range n.sessions {
+		if s.stale.Count() > 0 {
+			continue
+		}
+		any = true
+		if r := s.c.rate(); r > 0 && (rate == 0 || r < rate) {
+			rate = r
+		}
+	}
+	return rate, any
+}
