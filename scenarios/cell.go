@@ -62,6 +62,7 @@ type Cell struct {
 	Budget          time.Duration
 	Warm            bool  // read all once before the clock starts; slowdown is measured
 	Floors          bool  // measure the yardsticks beside each run
+	Peer            bool  // the strategy may be one of memsync-peers
 	Missing         error // why it cannot run here; its runs are recorded as unsupported
 	InLab           bool  // of a figure's cell: means something in the lab kernel, whatever binds it
 	// Strategies has Strategy by its name; nil is those of strategies/all. The
@@ -86,8 +87,11 @@ type usageError struct{ error }
 func (e *usageError) Is(target error) bool { return target == ErrUsage }
 func (e *usageError) Unwrap() error        { return e.error }
 
+// OpSync: a writer at the source, destinations that follow.
+const OpSync = "sync"
+
 // Ops lists what a workload can do.
-func Ops() []string { return []string{"read", "write", "mixed"} }
+func Ops() []string { return []string{"read", "write", "mixed", OpSync} }
 
 // minBudget is the shortest time budget of a run.
 const minBudget = time.Millisecond
@@ -100,6 +104,10 @@ func (c *Cell) Resolve() error {
 		c.Strategies = all.Registry()
 	}
 	st, err := c.Strategies.Get(c.Strategy)
+	if err != nil && c.Peer {
+		c.Missing = fmt.Errorf("%s is a strategy of memsync-peers: run the figure with that program: %w", c.Strategy, region.ErrNotSupported)
+		return c.Missing
+	}
 	if err != nil {
 		return usage("%w", err)
 	}
@@ -194,7 +202,9 @@ func (c *Cell) Resolve() error {
 	case c.fileSystem() != "none" && (c.Op != "read" || c.Input != ""):
 		return usage("file_system goes with --op read only, and without --input")
 	}
-	if c.Op != "read" && !info.Can(strategies.Writes) {
+	if _, ok := st.(strategies.Publisher); c.Op == OpSync && (!ok && !(program && info.Can(strategies.Follows)) || c.Transport == "local") {
+		opErr = fmt.Errorf("strategy %s, transport %s: no destination follows a writer at the source: %w", c.Strategy, c.Transport, region.ErrNotSupported)
+	} else if c.Op != "read" && c.Op != OpSync && !info.Can(strategies.Writes) {
 		opErr = fmt.Errorf("strategy %s does not write back: %w", c.Strategy, region.ErrNotSupported)
 	}
 	var labErr error
@@ -454,7 +464,7 @@ func (c *Cell) setup(seed uint64, dir string) role.Setup {
 		Backend: backend.Spec{Backend: c.Backend, Size: c.Size, Chunk: c.Chunk, Settings: c.backendSettings(),
 			Content: region.Content{Seed: seed}, Input: c.real(c.Input)},
 		Chunk: c.Chunk, PullWorkers: c.PullWorkers, PushWorkers: c.PushWorkers, Settings: settings,
-		ReadOnly: c.Op == "read", Dir: dir,
+		ReadOnly: c.Op == "read" || c.Op == OpSync, Pwrite: c.Via != "map", Dir: dir,
 	}
 }
 

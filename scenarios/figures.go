@@ -32,6 +32,7 @@ func Figures() []Figure {
 		pullFigures(),
 		deviceFigures(),
 		cacheFigures(),
+		hashsyncFigures(),
 	)
 }
 

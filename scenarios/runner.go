@@ -268,6 +268,9 @@ func (r *Runner) Run(ctx context.Context, it Item) (o Outcome) {
 	began = time.Now() // opening and calibrating a link is the sweep's, not the run's
 	// A link at 100 % loss or a hung process must not hold the sweep.
 	limit := margin + it.Cell.Budget + 20*it.Cell.Link.RTT
+	if it.Cell.Op == OpSync && it.Cell.Link.Rate > 0 {
+		limit += time.Duration(float64(1+it.Cell.params.Int("sync_rounds")) * float64(it.Cell.Size*8) / float64(it.Cell.Link.Rate) * 1e9)
+	}
 	if it.Cell.Op != "read" && it.Cell.Link.Rate > 0 { // Sync moves what was written
 		limit += time.Duration(float64(it.Cell.Size*8) / float64(it.Cell.Link.Rate) * 2e9)
 	}
@@ -321,6 +324,7 @@ type run struct {
 	service *backend.Service // nil where the backend has none
 
 	source, daemon, workload *role.Process
+	writer                   *role.Process // op sync: the workload at the source
 }
 
 func (r *run) do(ctx context.Context) error {
@@ -381,7 +385,11 @@ func (r *run) inFolder(ctx context.Context) (err error) {
 	}
 	setup := r.cell.setup(r.seed, dir)
 	setup.Backend.Service = r.service
-	err = r.measure(watched, setup, r.cell.work(r.seed, dir))
+	if r.cell.Op == OpSync {
+		err = r.measureSync(watched, setup)
+	} else {
+		err = r.measure(watched, setup, r.cell.work(r.seed, dir))
+	}
 	if err == nil || ctx.Err() != nil {
 		return err
 	}
@@ -472,7 +480,7 @@ func (r *run) stop(ctx context.Context, failed bool) error {
 		cancel()
 	}
 	var errs []error
-	for _, p := range []*role.Process{r.workload, r.daemon, r.source} {
+	for _, p := range []*role.Process{r.writer, r.workload, r.daemon, r.source} {
 		if p != nil {
 			errs = append(errs, p.Stop(ctx))
 		}
@@ -485,6 +493,9 @@ func (r *run) processes() map[string]*role.Process {
 	m := map[string]*role.Process{"daemon": r.daemon, "workload": r.workload}
 	if r.source != nil {
 		m["source"] = r.source
+	}
+	if r.writer != nil {
+		m["writer"] = r.writer
 	}
 	return m
 }
@@ -593,15 +604,10 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	}
 	r.out.Histogram = t.Hist
 	r.touches(m, t)
+	r.spent(before, after)
 	cpu := 0.0
 	for name, b := range before {
-		e := after[name]
-		v["cpu_"+name] = e.CPU - b.CPU
-		cpu += e.CPU - b.CPU
-		v["rss_"+name] = float64(e.RSS)
-		v["minor_faults_"+name] = float64(e.MinorFaults - b.MinorFaults)
-		v["major_faults_"+name] = float64(e.MajorFaults - b.MajorFaults)
-		v["context_switches_"+name] = float64(e.ContextSwitches - b.ContextSwitches)
+		cpu += after[name].CPU - b.CPU
 	}
 
 	if t.Bytes > 0 {
@@ -668,6 +674,19 @@ func (r *run) requests(ctx context.Context) ([]byte, error) {
 	var h role.Requests
 	_, err := holder.Ask(ctx, "requests", struct{}{}, &h)
 	return h.Hist, err
+}
+
+// spent records what the processes used between two looks.
+func (r *run) spent(before, after map[string]role.Counters) {
+	v := r.out.Values
+	for name, b := range before {
+		e := after[name]
+		v["cpu_"+name] = e.CPU - b.CPU
+		v["rss_"+name] = float64(e.RSS)
+		v["minor_faults_"+name] = float64(e.MinorFaults - b.MinorFaults)
+		v["major_faults_"+name] = float64(e.MajorFaults - b.MajorFaults)
+		v["context_switches_"+name] = float64(e.ContextSwitches - b.ContextSwitches)
+	}
 }
 
 // touches turns what the workload did into metrics.

@@ -198,6 +198,16 @@ type PublishOptions struct {
 	Params param.Values // validated against Info.Params
 }
 
+// SyncParams are what a writer at the source does, for --op sync.
+func SyncParams() []param.Spec {
+	return []param.Spec{
+		{Name: "dirty_fraction", Kind: param.KindFloat, Default: "0.01", Doc: "of the region that the writer changes between two rounds, 0 to 1"},
+		{Name: "dirty_pattern", Kind: param.KindEnum, Default: "scattered", Values: []string{"scattered", "clustered", "insert"}, Doc: "pages anywhere, pages in one run, or bytes inserted, which move all behind them"},
+		{Name: "sync_rounds", Kind: param.KindInt, Default: "3", Min: 1, Max: 1000, Doc: "rounds that are timed in one run; total_time is their median"},
+		{Name: "pulses", Kind: param.KindInt, Default: "50", Max: 100000, Doc: "writes whose staleness is measured while the source polls; 0 is none"},
+	}
+}
+
 // Writer is a writer's mapping that was armed as Attachment.Track said.
 type Writer struct {
 	PID    int
@@ -213,7 +223,10 @@ type Publication interface {
 	Track(w Writer) error
 	// Serve answers a connection, as Strategy.Serve.
 	Serve(ctx context.Context, conn net.Conn) error
-	// Sync returns once all connected destinations have what was written before.
+	// Poll says whether the source looks for changes by itself, as it does at first.
+	Poll(on bool)
+	// Sync looks now, whatever Poll said, and returns once all connected destinations
+	// have what was written before.
 	Sync(ctx context.Context) error
 	Stats() Stats
 	Close() error

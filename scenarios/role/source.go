@@ -29,8 +29,9 @@ type Setup struct {
 	PushWorkers int          `json:"push_workers"`
 	Settings    []string     `json:"settings"` // key=value, as set by the user
 	ReadOnly    bool         `json:"read_only"`
-	Sleep       int64        `json:"sleep"` // ns before each call of a local store (the sleep shaper)
-	Dir         string       `json:"dir"`   // scratch, removed by the runner
+	Pwrite      bool         `json:"pwrite"` // op sync: the writer does not map
+	Sleep       int64        `json:"sleep"`  // ns before each call of a local store (the sleep shaper)
+	Dir         string       `json:"dir"`    // scratch, removed by the runner
 }
 
 // Resolve looks the cell's strategy up and validates its parameters.
@@ -55,17 +56,19 @@ type source struct {
 	store region.Store
 	setup Setup
 
-	mu    sync.Mutex
-	conns map[net.Conn]bool
-	wg    sync.WaitGroup
-	ls    []net.Listener
-	own   strategies.Server // the strategy's own program; nil where it has none
-	stop  context.CancelFunc
+	mu          sync.Mutex
+	conns       map[net.Conn]bool
+	wg          sync.WaitGroup
+	ls          []net.Listener
+	publication strategies.Publication // op sync; nil else
+	own         strategies.Server      // the strategy's own program; nil where it has none
+	stop        context.CancelFunc
 }
 
 func (s *source) ops() map[string]handler {
 	return map[string]handler{
-		"open": on(s.open), "listen": on(s.listen), "verify": on(s.verify), "close": on(s.close), "counters": on(counters),
+		"open": on(s.open), "publish": s.publish, "track": s.track, "poll": on(s.poll), "bandwidth": on(s.bandwidth), "sync": on(s.sync), "stats": on(s.stats),
+		"listen": on(s.listen), "verify": on(s.verify), "close": on(s.close), "counters": on(counters),
 		"requests": on(func(context.Context, none) (Requests, error) { return requests(s.store) }),
 	}
 }
@@ -120,6 +123,13 @@ func (s *source) serve(ctx context.Context, st strategies.Strategy, host string,
 			return "", err
 		}
 		return s.own.Addr(), nil
+	}
+	if p := s.publication; p != nil {
+		return s.accept(ctx, host, func(c net.Conn) {
+			if err := p.Serve(ctx, c); err != nil && ctx.Err() == nil {
+				fmt.Fprintln(os.Stderr, "source: serve:", err)
+			}
+		})
 	}
 	tr, err := all.Transport(s.setup.Transport)
 	if err != nil {
@@ -236,6 +246,10 @@ func (s *source) close(context.Context, none) (_ none, err error) {
 		s.mu.Unlock()
 		s.wg.Wait()
 		s.stop = nil
+	}
+	if s.publication != nil {
+		err = errors.Join(err, s.publication.Close())
+		s.publication = nil
 	}
 	if s.store != nil {
 		err = errors.Join(err, s.store.Close())

@@ -104,10 +104,12 @@ func (w Work) expect(in *os.File, buf []byte, off int64) error {
 
 // workload is the process that maps the region and touches it.
 type workload struct {
-	view *attach.View
-	work Work
-	seqs []*sequence // the threads'
-	in   *os.File
+	view  *attach.View
+	work  Work
+	seqs  []*sequence // the threads'
+	in    *os.File
+	armed *os.File // op sync: to be closed once the source has it
+	model *model   // op sync: what the region must have
 	// buf is where what is read goes, page p at p*page; out is what is written.
 	buf, out []byte
 	// seen[p] says what the last load of page p must have found: 0 not loaded,
@@ -118,7 +120,8 @@ type workload struct {
 func (w *workload) ops() map[string]handler {
 	return map[string]handler{
 		"prepare": on(w.prepare), "attach": w.attach, "run": on(w.run), "verify": on(w.verify),
-		"sync":     on(func(context.Context, none) (none, error) { return none{}, w.view.Sync() }),
+		"sync":  on(func(context.Context, none) (none, error) { return none{}, w.view.Sync() }),
+		"ready": on(w.ready), "dirty": on(w.dirty), "pulse": on(w.pulse), "watch": on(w.watch), "equal": on(w.equal), "handed-over": on(w.handedOver),
 		"detach":   on(w.detach),
 		"counters": on(counters), "floors": on(w.floors),
 	}
@@ -177,6 +180,10 @@ type Attached struct {
 	Usable int64   `json:"usable"` // CLOCK_MONOTONIC, ns
 	Fault  bool    `json:"fault"`  // a userfaultfd came back and wants serving at Base
 	Base   uintptr `json:"base"`
+	// Armed: the mapping is tracked, and its userfaultfd, where there is one, came back.
+	Armed  bool  `json:"armed"`
+	Length int64 `json:"length"` // of the mapping, bytes
+	PID    int   `json:"pid"`
 }
 
 func (w *workload) attach(_ context.Context, body json.RawMessage, files []*os.File) (any, []*os.File, error) {
@@ -195,7 +202,15 @@ func (w *workload) attach(_ context.Context, body json.RawMessage, files []*os.F
 		return nil, nil, err
 	}
 	w.view = v
-	r := Attached{Usable: monotonic()}
+	r := Attached{Usable: monotonic(), PID: os.Getpid()}
+	if f, base, length, ok := v.Armed(); ok {
+		r.Armed, r.Base, r.Length = true, base, length
+		if f == nil {
+			return r, nil, nil
+		}
+		w.armed = f
+		return r, []*os.File{f}, nil
+	}
 	if f, base, ok := v.Fault(); ok {
 		r.Fault, r.Base = true, base
 		return r, []*os.File{f}, nil

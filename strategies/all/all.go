@@ -13,6 +13,7 @@ import (
 	"memsync/strategies/device"
 	"memsync/strategies/device/uffd"
 	"memsync/strategies/direct"
+	"memsync/strategies/hashsync"
 	"memsync/strategies/managed"
 	"memsync/strategies/nbddirect"
 	"memsync/strategies/param"
@@ -30,6 +31,7 @@ func Registry() strategies.Registry {
 		direct.Strategy{},
 		managed.Strategy{},
 		nbddirect.Strategy{},
+		hashsync.Strategy{},
 	}
 }
 
@@ -54,6 +56,9 @@ func TransportOptions(p param.Values) transport.Options {
 // a backend: its own, with those of all its devices, and those that come with these.
 func Specs(s strategies.Strategy, deviceName, transportName, backendName string) []param.Spec {
 	specs := append([]param.Spec{}, s.Info().Params...)
+	if s.Info().Can(strategies.Follows) {
+		specs = append(specs, strategies.SyncParams()...)
+	}
 	if deviceName != "" && deviceName != "uffd" {
 		specs = append(specs, param.Spec{Name: "advice", Kind: param.KindEnum, Default: attach.AdviceNone, Values: []string{attach.AdviceNone, attach.AdviceSequential, attach.AdviceRandom},
 			Doc: "madvise(2) of the workload's mapping; told random, a touch reads one page and not the read-ahead window around it"},

@@ -21,6 +21,7 @@ import (
 
 	"memsync/strategies"
 	"memsync/strategies/device/uffd"
+	"memsync/strategies/dirty"
 	"memsync/strategies/region"
 )
 
@@ -71,6 +72,7 @@ type View struct {
 	file   *os.File // nil where there is none
 	mem    []byte   // the mapping, rounded up to pages; nil without one
 	uffd   *os.File
+	table  []byte // the versions of chunks, mapped
 
 	parts   []*os.File // mapped one behind the other, in place of file
 	o       Options
@@ -177,6 +179,21 @@ func (v *View) open() error {
 func (v *View) mapFile(f *os.File, length int64, prot, flags int) error {
 	if err := v.mmap(int(f.Fd()), length, prot, flags); err != nil {
 		return err
+	}
+	if t := v.a.Versions; t != nil {
+		if t.Chunk < region.PageSize() || t.Offset%region.PageSize() != 0 {
+			return fmt.Errorf("versions at %d for chunks of %d: %w", t.Offset, t.Chunk, region.ErrOutOfRange)
+		}
+		var err error
+		if v.table, err = unix.Mmap(int(f.Fd()), t.Offset, int(8*region.Chunks(v.a.Size, t.Chunk)), unix.PROT_READ, unix.MAP_SHARED); err != nil {
+			return fmt.Errorf("map the versions of chunks: %w", err)
+		}
+	}
+	if v.a.Track != "" {
+		var err error
+		if v.uffd, err = dirty.Arm(v.a.Track, v.mem); err != nil {
+			return fmt.Errorf("prepare the mapping for dirty=%s: %w", v.a.Track, err)
+		}
 	}
 	return v.advise()
 }
@@ -322,7 +339,7 @@ func (v *View) base() uintptr { return uintptr(unsafe.Pointer(unsafe.SliceData(v
 // false for other kinds. The View keeps uffd open until Close: while any
 // descriptor of it lives, a page that the daemon did not fill is never zeroes.
 func (v *View) Fault() (uffd *os.File, base uintptr, ok bool) {
-	if v.uffd == nil {
+	if v.uffd == nil || v.a.Track != "" {
 		return nil, 0, false
 	}
 	return v.uffd, v.base(), true
@@ -380,7 +397,32 @@ func (v *View) guarded(f func()) (err error) {
 // ReadAt copies [off, off+len(p)) of the region to p. On an error (EIO where
 // the daemon or a device could not deliver) the content of p is unspecified.
 func (v *View) ReadAt(p []byte, off int64) error {
+	if v.table != nil {
+		return v.access("read", p, off, func(mem []byte) { v.versioned(p, mem, off) }, (*os.File).ReadAt)
+	}
 	return v.access("read", p, off, func(mem []byte) { copy(p, mem) }, (*os.File).ReadAt)
+}
+
+// versioned copies chunk by chunk, each of one version.
+func (v *View) versioned(p, mem []byte, off int64) {
+	chunk := v.a.Versions.Chunk
+	for len(p) > 0 {
+		n := min(int64(len(p)), chunk-off%chunk)
+		word := (*uint64)(unsafe.Pointer(&v.table[8*(off/chunk)]))
+		region.ReadVersion(word, p[:n], mem[:n])
+		p, mem, off = p[n:], mem[n:], off+n
+	}
+}
+
+// Armed returns, for an attachment that is tracked, what the source needs to
+// watch the mapping. The caller closes the file, the View's own copy included,
+// once it was handed over (dirty.Arm); it is nil where the way needs none.
+func (v *View) Armed() (f *os.File, base uintptr, length int64, ok bool) {
+	if v.a.Track == "" || v.mem == nil {
+		return nil, 0, 0, false
+	}
+	f, v.uffd = v.uffd, nil
+	return f, v.base(), int64(len(v.mem)), true
 }
 
 // WriteAt copies p to the region at off. A read-only region gives ErrReadOnly.
@@ -471,6 +513,10 @@ func (v *View) Close() error {
 	if v.mem != nil { // first: then no page can be faulted in as zeroes
 		errs = append(errs, os.NewSyscallError("munmap", unix.MunmapPtr(unsafe.Pointer(unsafe.SliceData(v.mem)), uintptr(len(v.mem)))))
 		v.mem = nil
+	}
+	if v.table != nil {
+		errs = append(errs, os.NewSyscallError("munmap", unix.Munmap(v.table)))
+		v.table = nil
 	}
 	for _, f := range append(v.parts, v.uffd, v.file) {
 		if f != nil {

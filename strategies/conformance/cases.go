@@ -275,7 +275,7 @@ func (s suite) TestErrors(t *testing.T) {
 	f := storetest.NewFaulty(source)
 	f.Fail(storetest.Read, errInjected, 0)
 	g, err := s.tryMount(t, f, nil, "pull_first=0")
-	if s.can(strategies.LocalOnly) {
+	if s.can(strategies.LocalOnly) || s.can(strategies.Copies) {
 		if err == nil {
 			t.Error("Mount reads all of the source and returned no error")
 		}
@@ -314,7 +314,7 @@ func (s suite) TestErrors(t *testing.T) {
 // TestStalledRead: a source that does not answer blocks a reader until it does,
 // or until the device's own deadline; Close ends in time nevertheless.
 func (s suite) TestStalledRead(t *testing.T) {
-	if s.can(strategies.LocalOnly) {
+	if s.can(strategies.LocalOnly) || s.can(strategies.Copies) {
 		t.Skip("reads nothing after Mount")
 	}
 	ctx := within(t)
@@ -379,7 +379,7 @@ func (s suite) TestStalledReadDeadline(t *testing.T) {
 
 // TestCloseStalled: Close in the middle of a read of a stalled source ends by its deadline, and so does the read.
 func (s suite) TestCloseStalled(t *testing.T) {
-	if s.can(strategies.LocalOnly) {
+	if s.can(strategies.LocalOnly) || s.can(strategies.Copies) {
 		t.Skip("reads nothing after Mount")
 	}
 	ctx := within(t)

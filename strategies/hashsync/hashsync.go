@@ -34,6 +34,8 @@ func params() []param.Spec {
 		{Name: "hash", Kind: param.KindEnum, Default: "xxh3-128", Values: hash.Names(true), Doc: "algorithm of fingerprints (memsync list hashes)"},
 		{Name: "content", Kind: param.KindEnum, Default: "trusted", Values: []string{"trusted", "hostile"}, Doc: "hostile: an adversary may choose the bytes; hashes that are not strong are refused"},
 		{Name: "hash_workers", Kind: param.KindInt, Default: "2", Min: 1, Max: 256, Doc: "goroutines that hash"},
+		{Name: "handle", Kind: param.KindEnum, Default: string(hash.MappedBytes), Values: hash.Handles(), Doc: "how workers read the source's file: its mapping, pread on one handle, on one each, or on one opened for each chunk"},
+		{Name: "digest_of", Kind: param.KindEnum, Default: "chunk", Values: []string{"chunk", "file"}, Doc: "file: one digest of everything first, by one worker, and of chunks only where it changed"},
 		{Name: "interval", Kind: param.KindDuration, Default: "100ms", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "time between two looks for changes"},
 		{Name: "dirty", Kind: param.KindEnum, Default: "hash", Values: dirty.Names(), Doc: "where to look for changes: everywhere (hash), or where the kernel says"},
 		{Name: "delta", Kind: param.KindEnum, Default: "auto", Values: delta.Modes(), Doc: "how changed chunks are encoded; runs keeps a copy of the region at the source"},
@@ -68,7 +70,7 @@ func options(name string, chunk int64, p param.Values) (SourceOptions, dirty.Met
 	if err != nil {
 		return SourceOptions{}, m, err
 	}
-	return SourceOptions{Name: name, Chunk: chunk, Hash: f, Workers: p.Int("hash_workers"), Interval: p.Duration("interval"), Delta: delta.Mode(p.Text("delta"))}, m, nil
+	return SourceOptions{Name: name, Chunk: chunk, Hash: f, Workers: p.Int("hash_workers"), Interval: p.Duration("interval"), Delta: delta.Mode(p.Text("delta")), Whole: p.Text("digest_of") == "file"}, m, nil
 }
 
 // storeBytes hashes a Store.

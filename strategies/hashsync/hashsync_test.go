@@ -589,13 +589,15 @@ func TestStalledDestination(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range 5 {
-		region.Content{Seed: uint64(i)}.Fill(m.b[:8<<20], 0) // nobody reads: Sync comes after
+		p := make([]byte, 8<<20)
+		region.Content{Seed: uint64(i)}.Fill(p, 0)
+		m.write(p, 0)
 		round := make(chan error, 1)
 		go func() {
 			_, err := s.Sync(ctx)
 			round <- err
 		}()
-		for !bytes.Equal(good.content(t)[:8<<20], m.b[:8<<20]) {
+		for !bytes.Equal(good.content(t)[:len(p)], p) {
 			if ctx.Err() != nil {
 				t.Fatal("the good destination waits for the stalled one")
 			}

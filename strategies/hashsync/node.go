@@ -57,6 +57,7 @@ type Stats struct {
 	SentBytes   int64 // bodies queued, all destinations
 	FilledBytes int64 // of region, sent whole to destinations that lacked them
 	Mismatches  int64
+	Detection   time.Duration // that the last look took
 }
 
 // session is one destination of a node, on a connection that it may share.
@@ -65,6 +66,8 @@ type session struct {
 	n     *node
 	c     *serverConn
 	stale *chunk.Set // chunks that it lacks
+
+	admitting atomic.Bool // what it has is being compared
 
 	// Guarded by n.mu.
 	queue  [][]byte

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -78,7 +79,12 @@ func (Strategy) Publish(ctx context.Context, content region.Store, o strategies.
 	if method.Arms {
 		p.attachment.Track = method.Name
 	}
-	p.source, err = NewSource(ctx, hash.Mapped(p.mem), func(_ context.Context, b []byte, off int64) error { copy(b, p.mem[off:]); return nil }, so)
+	var b hash.Bytes = hash.Mapped(p.mem)
+	if how := hash.Handle(o.Params.Text("handle")); how != hash.MappedBytes {
+		p.read = &hash.File{Path: fmt.Sprintf("/proc/self/fd/%d", p.file.Fd()), Length: size, How: how}
+		b = p.read
+	}
+	p.source, err = NewSource(ctx, b, func(_ context.Context, b []byte, off int64) error { copy(b, p.mem[off:]); return nil }, so)
 	return p, err
 }
 
@@ -89,6 +95,7 @@ type publication struct {
 	detector   dirty.Detector
 	attachment strategies.Attachment
 	source     *Source
+	read       *hash.File // where it is not hashed through the mapping
 }
 
 func (p *publication) Attachment() strategies.Attachment { return p.attachment }
@@ -104,6 +111,8 @@ func (p *publication) Serve(ctx context.Context, conn net.Conn) error {
 	return p.source.Serve(ctx, conn)
 }
 
+func (p *publication) Poll(on bool) { p.source.idle.Store(!on) }
+
 // Sync returns once all destinations have what was written before.
 func (p *publication) Sync(ctx context.Context) error {
 	_, err := p.source.Sync(ctx)
@@ -113,7 +122,20 @@ func (p *publication) Sync(ctx context.Context) error {
 func (p *publication) Stats() strategies.Stats {
 	s := p.source.statistics()
 	return strategies.Stats{PushRequests: s.Rounds, PushBytes: s.DeltaBytes, Extra: map[string]int64{
-		"rounds": s.Rounds, "candidate_bytes": s.Candidates, "changed_bytes": s.Changed, "delta_bytes": s.DeltaBytes, "sent_bytes": s.SentBytes, "filled_bytes": s.FilledBytes, "digest_mismatches": s.Mismatches}}
+		"rounds": s.Rounds, "candidate_bytes": s.Candidates, "changed_bytes": s.Changed, "delta_bytes": s.DeltaBytes, "sent_bytes": s.SentBytes, "filled_bytes": s.FilledBytes, "digest_mismatches": s.Mismatches, "detection_ns": int64(s.Detection)}}
+}
+
+// Bandwidth reads the whole region with the workers that hash and returns bytes a second.
+func (p *publication) Bandwidth(ctx context.Context) (float64, error) {
+	best := 0.0
+	for range 3 {
+		begin := time.Now()
+		if _, err := hash.Scan(ctx, p.mem, p.source.o.Workers); err != nil {
+			return 0, err
+		}
+		best = max(best, float64(len(p.mem))/time.Since(begin).Seconds())
+	}
+	return best, nil
 }
 
 func (p *publication) Close() (err error) {
@@ -121,6 +143,9 @@ func (p *publication) Close() (err error) {
 		err = p.source.Close() // and the detector
 	} else if p.detector != nil {
 		err = p.detector.Close()
+	}
+	if p.read != nil {
+		err = errors.Join(err, p.read.Close())
 	}
 	if p.mem != nil {
 		err = errors.Join(err, unix.Munmap(p.mem))

@@ -344,25 +344,11 @@ func (r *Replica) ReadAt(ctx context.Context, p []byte, off int64, atLeast uint6
 	for len(p) > 0 {
 		i := off / n.chunk
 		k := min(int64(len(p)), (i+1)*n.chunk-off)
-		v := ReadChunk(&r.versions[i], p[:k], r.mem[off:off+k])
+		v := region.ReadVersion(&r.versions[i], p[:k], r.mem[off:off+k]) / 2
 		oldest, newest = min(oldest, v), max(newest, v)
 		p, off = p[k:], off+k
 	}
 	return oldest, newest, nil
-}
-
-// ReadChunk copies from, which lies within one chunk, to p while another may
-// change it, and returns the round that the bytes are of.
-func ReadChunk(versionWord *uint64, p, from []byte) (round uint64) {
-	for {
-		v := atomic.LoadUint64(versionWord)
-		if v&1 == 0 {
-			copy(p, from)
-			if atomic.LoadUint64(versionWord) == v {
-				return v / 2
-			}
-		}
-	}
 }
 
 // Stable is the latest round that every destination in the tree is known to have.

@@ -148,8 +148,17 @@ func (c *serverConn) receive(ctx context.Context, find func(string, int64) (*nod
 			} else if len(p) != len(s.n.table) {
 				return protocol("fingerprints of %d bytes, want %d", len(p), len(s.n.table))
 			}
-			wg.Go(func() { s.n.admit(s, p) }) // waits for the round that is under way
+			if s.admitting.Swap(true) {
+				return protocol("fingerprints of region %d again, before the last were compared", f.region)
+			}
+			wg.Go(func() { // waits for the round that is under way
+				defer s.admitting.Store(false)
+				s.n.admit(s, p)
+			})
 		case frameAck:
+			if f.body[0] > ackMismatch || f.round > s.n.current.Load() {
+				return protocol("ack %d of round %d, the latest is %d", f.body[0], f.round, s.n.current.Load())
+			}
 			s.n.ack(s, f.round, f.body[0])
 		case framePing:
 		case frameError:

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync/atomic"
 	"time"
 
 	"memsync/strategies/chunk"
@@ -28,6 +29,8 @@ type SourceOptions struct {
 	// Pages: the detector names pages, so that what it names has changed for
 	// certain and is not hashed twice.
 	Pages bool
+	// Whole: one digest of everything first, and of chunks only where that one changed.
+	Whole bool
 	// Check is called before each round; an error ends the source. May be nil.
 	Check func() error
 }
@@ -41,9 +44,11 @@ type Source struct {
 	enc    *delta.Encoder
 	index  *delta.Index
 	shadow []byte
+	last   []byte // the digest of everything, with Whole
 	fresh  []byte // table of a look at everything
 
 	asked  chan chan uint64
+	idle   atomic.Bool // does not look by itself
 	cancel context.CancelFunc
 }
 
@@ -167,7 +172,7 @@ func (s *Source) loop(ctx context.Context) error {
 			}
 		}
 		var err error
-		if more, err = s.cycle(ctx, poll || answer != nil, answer != nil); err != nil {
+		if more, err = s.cycle(ctx, poll && !s.idle.Load() || answer != nil, answer != nil); err != nil {
 			return err
 		}
 		if answer != nil {
@@ -233,6 +238,7 @@ func (s *Source) cycle(ctx context.Context, look, force bool) (more bool, err er
 // it names all or nothing, those of them whose digest is another one.
 func (s *Source) changed(ctx context.Context) (*chunk.Set, error) {
 	n := s.node
+	begin := time.Now()
 	set := chunk.NewSet(n.chunks())
 	named := int64(0)
 	mark := func(off, length int64) {
@@ -243,6 +249,16 @@ func (s *Source) changed(ctx context.Context) (*chunk.Set, error) {
 		mark(0, n.size)
 	} else if err := s.o.Detector.Collect(ctx, mark); err != nil {
 		return nil, err
+	}
+	if named > 0 && !s.o.Pages && s.o.Whole {
+		d, err := hash.Whole(ctx, n.f, s.bytes)
+		if err != nil {
+			return nil, fmt.Errorf("hash the region: %w", err)
+		}
+		if bytes.Equal(d, s.last) {
+			set, named = chunk.NewSet(n.chunks()), 0
+		}
+		s.last = d
 	}
 	if named > 0 && !s.o.Pages {
 		if err := hash.Table(ctx, n.f, s.bytes, n.chunk, s.o.Workers, s.fresh); err != nil {
@@ -256,6 +272,7 @@ func (s *Source) changed(ctx context.Context) (*chunk.Set, error) {
 	}
 	n.mu.Lock()
 	n.stats.Candidates += named
+	n.stats.Detection = time.Since(begin)
 	n.mu.Unlock()
 	return set, nil
 }

@@ -91,6 +91,7 @@ type copied struct {
 	size     int64
 	readOnly bool
 	push     func(context.Context) error // nil: stores stay here
+	pull     func(context.Context) error // of a read-only copy: what the source has now; nil: never again
 
 	mu     sync.Mutex
 	pushed int64
@@ -114,6 +115,9 @@ func (m *copied) Attachment() strategies.Attachment {
 func (m *copied) Sync(ctx context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.pull != nil && m.readOnly && !m.closed {
+		return m.pull(ctx)
+	}
 	if m.push == nil || m.readOnly || m.closed {
 		return nil
 	}
@@ -129,7 +133,10 @@ func (m *copied) Stats() strategies.Stats {
 
 // Close pushes what the workload wrote and forgets the copy.
 func (m *copied) Close(ctx context.Context) error {
-	err := m.Sync(ctx)
+	var err error
+	if !m.readOnly {
+		err = m.Sync(ctx)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !m.closed {
@@ -150,14 +157,14 @@ func (Rsync) Info() strategies.Info {
 	return strategies.Info{
 		Name:         "rsync",
 		Doc:          "peer: download of the whole region by rsync from an rsync daemon, then a local file; Sync sends the difference back",
-		Capabilities: []strategies.Capability{strategies.Reads, strategies.Writes, strategies.Prefetch},
+		Capabilities: []strategies.Capability{strategies.Reads, strategies.Writes, strategies.Follows, strategies.Prefetch},
 		Devices:      []string{""},
 		DefaultChunk: 64 << 10,
 		Params: []param.Spec{
 			{Name: "block", Kind: param.KindSize, Default: "0", Max: 128 << 10, Doc: "rsync's block size (--block-size); 0 leaves it to rsync"},
 			{Name: "compress", Kind: param.KindBool, Default: "false", Doc: "rsync's --compress"},
 		},
-		Consistency: "A copy, made while it is mounted. Sync compares both sides whole and sends the blocks that differ; two writers overwrite each other.",
+		Consistency: "A copy, made while it is mounted. Sync of a read-only copy brings what changed at the source; else it compares both sides whole and sends the blocks that differ; two writers overwrite each other.",
 	}
 }
 
@@ -228,6 +235,9 @@ func (Rsync) Mount(ctx context.Context, r strategies.Remote, o strategies.Option
 	// --no-whole-file: rsync would otherwise send all where both ends are on one host.
 	m.push = func(ctx context.Context) error {
 		return run(ctx, nil, tool, slices.Concat(args, []string{"--no-whole-file", path, url})...)
+	}
+	m.pull = func(ctx context.Context) error {
+		return run(ctx, nil, tool, slices.Concat(args, []string{"--no-whole-file", url, path})...)
 	}
 	if m, err = m.measured(); err != nil {
 		return fail(err)
