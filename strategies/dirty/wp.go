@@ -170,11 +170,17 @@ func protect(f *os.File, base uintptr, length int64, on bool) error {
 			}
 		}
 	})
-	if e == unix.ESRCH { // the writer is gone, and with it its mapping
-		e = 0
-	}
 	if e != 0 {
 		err = errors.Join(err, fmt.Errorf("UFFDIO_WRITEPROTECT of %d bytes: %w", length, e))
+	}
+	return err
+}
+
+// present passes err on unless it says that the writer has ended or unmapped:
+// then nobody waits, and nobody writes.
+func present(err error) error {
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENOENT) {
+		return nil
 	}
 	return err
 }
@@ -248,7 +254,7 @@ func (d *uffdWP) serve(writer int64, w Writer) error {
 				continue
 			}
 			d.dirty[[2]int64{writer, off}] = true
-			err = errors.Join(err, protect(w.Uffd, w.Base+uintptr(off), min(d.r.Unit, w.Length-off), false))
+			err = errors.Join(err, present(protect(w.Uffd, w.Base+uintptr(off), min(d.r.Unit, w.Length-off), false)))
 		}
 		d.mu.Unlock()
 		if err != nil {
@@ -272,7 +278,7 @@ func (d *uffdWP) Collect(_ context.Context, found func(off, n int64)) error {
 	var err error
 	for i, w := range d.writers {
 		merge(byWriter[i], w.Length, func(off, n int64) { // neighbours in one call
-			err = errors.Join(err, protect(w.Uffd, w.Base+uintptr(off), n, true))
+			err = errors.Join(err, present(protect(w.Uffd, w.Base+uintptr(off), n, true)))
 			ranges = append(ranges, [2]int64{off, off + n})
 		})
 	}
@@ -288,7 +294,7 @@ func (d *uffdWP) Close() (err error) {
 	d.writers = nil
 	d.mu.Unlock()
 	for _, w := range ws {
-		err = errors.Join(err, protect(w.Uffd, w.Base, w.Length, false)) // nobody may wait any more
+		err = errors.Join(err, present(protect(w.Uffd, w.Base, w.Length, false))) // nobody may wait any more
 	}
 	err = errors.Join(err, closeUffds(ws))
 	d.wg.Wait()
