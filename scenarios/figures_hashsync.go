@@ -95,7 +95,7 @@ func dirtyDetection() Figure {
 	spec := func(name, label string, y results.Axis, note string) results.FigureSpec {
 		return results.FigureSpec{
 			Name: name, Figure: "dirty-detection", Title: "Finding what changed: " + label, Kind: results.FigureLine,
-			X: results.Axis{Column: "params.dirty_fraction", Label: "Changed part of the region", Unit: "%", Scale: 100, Category: true}, Y: y,
+			X: results.Axis{Column: "params.dirty_fraction", Label: "Changed part of the region, as a fraction", Category: true}, Y: y,
 			Keys:   []string{"params.dirty"},
 			Series: []results.FigureSeries{{Key: "hash", Label: "hash everything (xxh3-128, 2 workers)"}, {Key: "mtime", Label: "mtime, msync, hash"}, {Key: "pagemap", Label: "PAGEMAP_SCAN"}, {Key: "uffd-wp", Label: "userfaultfd events"}},
 			Note:   note,
@@ -161,7 +161,7 @@ func deltaVersusRsync() Figure {
 	spec := func(name, label string, y results.Axis) results.FigureSpec {
 		return results.FigureSpec{
 			Name: name, Figure: "delta-vs-rsync", Title: "hashsync and rsync: " + label, Kind: results.FigureLine,
-			X: results.Axis{Column: "params.dirty_fraction", Label: "Changed part of the region", Unit: "%", Scale: 100, Category: true}, Y: y,
+			X: results.Axis{Column: "params.dirty_fraction", Label: "Changed part of the region, as a fraction", Category: true}, Y: y,
 			Keys: []string{"strategy", "params.dirty_pattern"},
 			Series: []results.FigureSeries{
 				{Key: "hashsync/scattered", Label: "hashsync, scattered"}, {Key: "rsync/scattered", Label: "rsync, scattered"},
