@@ -105,8 +105,13 @@ func (e *Encoder) stream(p Piece) []byte {
 		e.barren++
 		return s
 	}
-	found := 0
-	m := e.write(1, p, func(w *writer) { found = p.Index.moved(w, p.Usable) })
+	// Where blocks have moved they lie behind what was inserted, however long that
+	// is; where none was found lately, a look at the beginning is enough.
+	patience, found := len(p.New), 0
+	if e.barren > 0 {
+		patience = 64 << 10
+	}
+	m := e.write(1, p, func(w *writer) { found = p.Index.moved(w, p.Usable, patience) })
 	if found == 0 {
 		e.barren++
 		return s

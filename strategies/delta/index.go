@@ -106,13 +106,10 @@ func (x *Index) find(w uint32, p []byte) (off int64, ok bool) {
 	return 0, false
 }
 
-// patience is how far a search goes without finding anything.
-const patience = 64 << 10
-
 // moved writes the piece as copies of old blocks, at any offset, and the rest as
 // new bytes. usable says which part of the old region the decoder still has. It
 // returns how many bytes it found.
-func (x *Index) moved(w *writer, usable func(off, n int64) bool) (found int) {
+func (x *Index) moved(w *writer, usable func(off, n int64) bool, patience int) (found int) {
 	x.refresh()
 	p := w.piec
 	pos, lit := 0, 0 // lit is the first byte not written yet
