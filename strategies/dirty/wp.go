@@ -229,7 +229,7 @@ func (d *uffdWP) Add(w Writer) error {
 	}
 	i := len(d.writers) - 1
 	d.wg.Go(func() {
-		if err := d.serve(int64(i), w); err != nil && !errors.Is(err, os.ErrClosed) {
+		if err := d.serve(int64(i), w); !errors.Is(err, os.ErrClosed) {
 			d.mu.Lock()
 			d.err = errors.Join(d.err, err)
 			d.mu.Unlock()
@@ -238,6 +238,7 @@ func (d *uffdWP) Add(w Writer) error {
 	return nil
 }
 
+// serve answers events until the file is closed.
 func (d *uffdWP) serve(writer int64, w Writer) error {
 	var msgs [16]uffd.Msg
 	buf := unsafe.Slice((*byte)(unsafe.Pointer(&msgs[0])), unsafe.Sizeof(msgs))

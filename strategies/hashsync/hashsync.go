@@ -187,7 +187,6 @@ type mount struct {
 	source   *Source
 	replica  *Replica
 	file     *os.File
-	size     int64
 	readOnly bool
 	cancel   context.CancelCauseFunc
 	wg       sync.WaitGroup
