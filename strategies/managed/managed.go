@@ -55,7 +55,7 @@ func params() []param.Spec {
 		{Name: "known", Kind: param.KindEnum, Default: "holes", Values: []string{"none", "holes", "same"}, Doc: "what need not cross the wire: holes by block status; same: also chunks whose digest is that of one in the cache"},
 		{Name: "record", Kind: param.KindString, Doc: "file that gets the trace of what the device asked for when the mount is closed, for order=trace:FILE"},
 		{Name: "extent", Kind: param.KindSize, Default: "512KiB", Min: 4096, Max: 32 << 20, Doc: "most bytes in one request, pull or push"},
-		{Name: "window", Kind: param.KindSize, Default: "8MiB", Max: 1 << 30, Doc: "bytes of background pulls in flight; at least bandwidth x RTT fills the link; 0 is pull workers x extent, within a window of the transport that follows the path"},
+		{Name: "window", Kind: param.KindSize, Default: "0", Max: 1 << 30, Doc: "bytes of background pulls in flight; at least bandwidth x RTT fills the link; 0 is pull workers x extent, within a window of the transport that follows the path"},
 		{Name: "push_interval", Kind: param.KindDuration, Default: "1s", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "pause between background pushes"},
 		{Name: "dirty_limit", Kind: param.KindSize, Default: "256MiB", Doc: "bytes that may wait to be pushed before a writer has to; 0 is any"},
 		{Name: "cache", Kind: param.KindSize, Default: "0", Doc: "most bytes that the local cache holds; what was not used for long makes room, what is dirty is pushed first; 0 is the region, else at least 16 chunks"},

@@ -452,7 +452,7 @@ func (c *Client) transfer(ctx context.Context, cmd command, flags uint16, dst, s
 	class := region.ClassOf(ctx)
 	piece := int64(demandPiece)
 	if class != region.Demand {
-		piece = backgroundPiece
+		piece = c.bg.piece()
 	}
 	if c.far {
 		piece = min(piece, max(spreadPiece, region.RoundUp((n+int64(len(c.conns))-1)/int64(len(c.conns)), 4096)))

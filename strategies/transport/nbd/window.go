@@ -7,19 +7,24 @@ import (
 )
 
 const (
-	windowMin  = 512 << 10 // bytes; also the first size of an automatic window
-	windowMax  = 64 << 20
-	queueSlack = 5 * time.Millisecond // that background requests may add to a demand request's wait
-	baseAge    = 10 * time.Second     // for which the lowest latency is believed
+	windowFirst = 512 << 10 // bytes; the first size of an automatic window
+	windowMin   = 128 << 10
+	windowMax   = 64 << 20
+	queueSlack  = 4 * time.Millisecond // of queue that is always allowed: timers and wake-ups look like it
+	baseAge     = 10 * time.Second     // for which the lowest latency is believed
 )
 
 // window bounds the bytes of background requests in flight, first come first served.
 //
-// An automatic window follows the path: a request's latency is what it is on an
-// idle path (base) plus the queue in front of it. While the queue is short the
-// window grows; when it is longer than base + queueSlack the window shrinks in
-// proportion. So the path stays full, and a demand request waits for about one
-// more round trip at most. The idea is TCP Vegas' (Brakmo and Peterson, 1995).
+// An automatic window follows the path. The lowest latency ever seen is that of
+// an idle path (base). In each round, a window's worth of replies, the lowest
+// latency is base plus the queue that every request met; a single one may be
+// slow for other reasons, such as a lost packet. While that queue is short the
+// window grows, doubling at first; when it is longer than base/4 + queueSlack the
+// window shrinks in proportion. So the path stays full, and a demand request
+// waits for little more than its round trip. Every baseAge one round with half
+// the window lets the queue drain, to see whether base is still true.
+// After TCP Vegas (Brakmo and Peterson, 1995) and BBR's ProbeRTT.
 type window struct {
 	mu    sync.Mutex
 	limit int64
@@ -28,8 +33,11 @@ type window struct {
 	auto  bool
 	fast  bool // slow start: double each round
 	base  time.Duration
-	since time.Time // when base was seen
-	acked int64     // bytes since the limit last changed
+	since time.Time     // when base was seen
+	round int64         // bytes that make this round: the limit when it began
+	acked int64         // of these, how many have come
+	low   time.Duration // lowest latency of this round; 0 before the first reply
+	probe int64         // the limit to go back to after a round that probes for base; 0 is none
 }
 
 type ticket struct {
@@ -40,7 +48,7 @@ type ticket struct {
 // newWindow makes a window of limit bytes, automatic where that is 0.
 func newWindow(limit int64) *window {
 	if limit == 0 {
-		return &window{limit: windowMin, auto: true, fast: true}
+		return &window{limit: windowFirst, round: windowFirst, auto: true, fast: true}
 	}
 	return &window{limit: limit}
 }
@@ -111,23 +119,47 @@ func (w *window) release(n int64, took time.Duration) {
 	w.admit()
 }
 
+// piece is how long one background request should be at most: short against the
+// window, so that what is in flight can follow it closely.
+func (w *window) piece() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.auto {
+		return backgroundPiece
+	}
+	return min(backgroundPiece, max(windowMin/4, w.limit/8&^(spreadPiece-1)))
+}
+
+// adapt learns from a reply of n bytes. Under mu.
 func (w *window) adapt(n int64, latency time.Duration, now time.Time) {
-	if w.base == 0 || latency < w.base || now.Sub(w.since) > baseAge {
+	if w.base == 0 || latency <= w.base {
 		w.base, w.since = latency, now
 	}
-	w.acked += n
-	switch target := 2*w.base + queueSlack; {
-	case latency > target:
-		w.fast = false
-		if w.acked >= w.limit {
-			w.limit = max(windowMin, int64(float64(w.limit)*max(0.5, float64(target)/float64(latency))))
-			w.acked = 0
-		}
-	case w.used < w.limit-2*backgroundPiece: // not the window that binds
-	case w.fast:
+	if w.low == 0 || latency < w.low {
+		w.low = latency
+	}
+	target := w.base + w.base/4 + queueSlack
+	binds := w.used >= w.limit/2 // else it is not the window that bounds the rate
+	if w.fast && binds && latency <= target {
 		w.limit = min(windowMax, w.limit+n)
-	case w.acked >= w.limit:
-		w.limit = min(windowMax, w.limit+backgroundPiece)
-		w.acked = 0
+	}
+	if w.acked += n; w.acked < w.round {
+		return
+	}
+	low := w.low
+	w.acked, w.low = 0, 0
+	defer func() { w.round = w.limit }()
+	switch {
+	case w.probe > 0:
+		w.fast = low > 2*w.base // another path
+		w.base, w.since = low, now
+		w.limit, w.probe = w.probe, 0
+	case now.Sub(w.since) > baseAge:
+		w.limit, w.probe = max(windowMin, w.limit/2), w.limit
+	case low > target:
+		w.fast = false
+		w.limit = max(windowMin, int64(float64(w.limit)*max(0.5, float64(target)/float64(low))))
+	case binds && !w.fast:
+		w.limit = min(windowMax, w.limit+max(w.limit/16, spreadPiece))
 	}
 }

@@ -54,24 +54,48 @@ func TestWindow(t *testing.T) {
 }
 
 // On a path with a round trip and a rate, an automatic window settles where the
-// path is full and the queue short.
+// path is full and the queue short, whatever single requests meet.
 func TestWindowFollowsThePath(t *testing.T) {
 	for _, c := range []struct {
 		rtt  time.Duration
 		rate float64 // B/s
-	}{{time.Millisecond, 125e6}, {20 * time.Millisecond, 125e6}, {100 * time.Millisecond, 125e6}, {100 * time.Millisecond, 12.5e6}} {
+		loss int     // every n-th request is late by two round trips; 0 is none
+	}{{time.Millisecond, 125e6, 0}, {20 * time.Millisecond, 125e6, 0}, {100 * time.Millisecond, 125e6, 0}, {20 * time.Millisecond, 12.5e6, 0},
+		{100 * time.Millisecond, 12.5e6, 0}, {100 * time.Millisecond, 12.5e6, 7}} {
 		w := newWindow(0)
 		bdp := c.rate * c.rtt.Seconds()
-		w.used = backgroundPiece
-		w.release(backgroundPiece, c.rtt+time.Duration(backgroundPiece/c.rate*1e9)) // the first finds the path idle
-		for range 3000 {                                                            // each request queues behind the rest of the window
+		now := time.Unix(0, 0)
+		reply := func(i int) {
+			piece := w.piece()
 			queue := max(0, float64(w.limit)-bdp)
+			latency := c.rtt + time.Duration((queue+float64(piece))/c.rate*1e9)
+			if c.loss > 0 && i%c.loss == 0 {
+				latency += 2 * c.rtt
+			}
 			w.used = w.limit
-			w.release(backgroundPiece, c.rtt+time.Duration((queue+backgroundPiece)/c.rate*1e9))
+			now = now.Add(time.Duration(float64(piece) / min(c.rate, float64(w.limit)/c.rtt.Seconds()) * 1e9))
+			w.adapt(piece, latency, now)
 		}
-		base := c.rtt.Seconds() + backgroundPiece/c.rate
-		if least, most := bdp, max(windowMin, (2*base+queueSlack.Seconds())*c.rate+bdp+backgroundPiece); float64(w.limit) < min(least, windowMax) || float64(w.limit) > most {
-			t.Errorf("%v, %.0f B/s: window of %d bytes, BDP %.0f", c.rtt, c.rate, w.limit, bdp)
+		w.adapt(4096, c.rtt, now) // the first finds the path idle
+		for i := range 20000 {
+			reply(i)
+			if i < 2000 || w.probe > 0 {
+				continue
+			}
+			most := max(windowMin, bdp+(c.rtt.Seconds()/4+queueSlack.Seconds())*c.rate)*1.1 + backgroundPiece
+			if least := 0.9 * min(bdp, windowMax); float64(w.limit) < least || float64(w.limit) > most {
+				t.Errorf("%v, %.0f B/s, reply %d: window of %d bytes, BDP %.0f", c.rtt, c.rate, i, w.limit, bdp)
+				break
+			}
+		}
+		// The path becomes longer for good: the window finds it within two probes.
+		c.rtt *= 3
+		bdp *= 3
+		for end := now.Add(3 * baseAge); now.Before(end); {
+			reply(1)
+		}
+		if least := 0.8 * min(bdp, windowMax); float64(w.limit) < least && w.probe == 0 {
+			t.Errorf("%v, %.0f B/s after the path grew: window of %d bytes, BDP %.0f", c.rtt, c.rate, w.limit, bdp)
 		}
 	}
 }
