@@ -376,6 +376,7 @@ func Follow(ctx context.Context, dial func(ctx context.Context) (net.Conn, error
 	pause := 10 * time.Millisecond
 	for {
 		began := time.Now()
+		var refused *remoteError
 		conn, err := dial(ctx)
 		if err == nil {
 			err = follow(ctx, conn, replicas)
@@ -383,6 +384,8 @@ func Follow(ctx context.Context, dial func(ctx context.Context) (net.Conn, error
 		switch {
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
+		case errors.As(err, &refused) && !ready(replicas): // it never worked
+			return err
 		case errors.Is(err, region.ErrMissing), errors.Is(err, region.ErrMismatch), errors.Is(err, errResized), errors.Is(err, errProtocol), errors.Is(err, unix.ENOSPC):
 			return err
 		}
@@ -396,6 +399,18 @@ func Follow(ctx context.Context, dial func(ctx context.Context) (net.Conn, error
 		}
 		pause = min(2*pause, time.Second)
 	}
+}
+
+// ready reports whether a source has ever opened all of them.
+func ready(replicas []*Replica) bool {
+	for _, r := range replicas {
+		select {
+		case <-r.ready:
+		default:
+			return false
+		}
+	}
+	return true
 }
 
 // follow is one connection's life.

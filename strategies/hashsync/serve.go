@@ -67,7 +67,8 @@ func serve(ctx context.Context, conn net.Conn, find func(name string, chunk int6
 	for _, s := range sessions {
 		s.n.leave(s)
 	}
-	if errors.Is(err, errProtocol) || errors.Is(err, region.ErrMissing) { // say why, then hang up
+	var refused *openError
+	if errors.Is(err, errProtocol) || errors.As(err, &refused) { // say why, then hang up
 		c.send(errorFrame(0, err))
 		c.mu.Lock()
 		c.closing = true
@@ -86,6 +87,15 @@ func serve(ctx context.Context, conn net.Conn, find func(name string, chunk int6
 	}
 	return err
 }
+
+// openError is why a region could not be opened.
+type openError struct {
+	name string
+	err  error
+}
+
+func (e *openError) Error() string { return fmt.Sprintf("open %q: %v", e.name, e.err) }
+func (e *openError) Unwrap() error { return e.err }
 
 func (c *serverConn) receive(ctx context.Context, find func(string, int64) (*node, error), wg *sync.WaitGroup) error {
 	byID := map[uint16]*session{}
@@ -125,7 +135,7 @@ func (c *serverConn) receive(ctx context.Context, find func(string, int64) (*nod
 			}
 			n, err := find(string(f.body), int64(f.round))
 			if err != nil {
-				return fmt.Errorf("open %q: %w", f.body, err)
+				return &openError{string(f.body), err}
 			}
 			s = &session{id: f.region, n: n, c: c, stale: chunk.NewSet(n.chunks())}
 			byID[f.region] = s
