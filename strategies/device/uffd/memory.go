@@ -115,9 +115,6 @@ type Memory struct {
 
 var _ region.Store = (*Memory)(nil)
 
-// continueWP is UFFDIO_CONTINUE_MODE_WP, the same bit as UFFDIO_COPY_MODE_WP. Linux 6.4.
-const continueWP = UFFDIO_COPY_MODE_WP
-
 // NewMemory makes a memory of size bytes, above 0, of which nothing is there yet.
 // Errors: region.ErrNotSupported where the kernel lacks what it takes.
 func NewMemory(size int64, o MemoryOptions) (*Memory, error) {
