@@ -425,6 +425,9 @@ func (c *Cell) Params() string {
 		extra = append(extra, "input="+strings.NewReplacer(";", "_", "\n", "_").Replace(c.Input))
 	}
 	kv := strings.Split(c.params.String(), ";")
+	if c.strategy == nil { // a peer's, whose parameters are not known here: what was asked for
+		kv = slices.Clone(c.Settings)
+	}
 	kv = append(slices.DeleteFunc(kv, func(s string) bool { return s == "" }), extra...)
 	slices.Sort(kv)
 	return strings.Join(kv, ";")
