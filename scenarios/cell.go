@@ -312,7 +312,7 @@ func (c *Cell) pickDevice(info strategies.Info) error {
 			}
 			return fmt.Errorf("strategy %s has no device %s; it has: %s: %w", c.Strategy, c.Device, has, region.ErrNotSupported)
 		}
-		return all.ProbeDevice(c.Device)
+		return probeDevice(c.Device)
 	}
 	var errs []error
 	for _, d := range info.Devices {
@@ -320,7 +320,7 @@ func (c *Cell) pickDevice(info strategies.Info) error {
 		if d == "" {
 			return nil
 		}
-		err := all.ProbeDevice(d)
+		err := probeDevice(d)
 		if err == nil {
 			return nil
 		}
@@ -363,7 +363,7 @@ func (c *Cell) pickShaper() error {
 		c.Shaper = netem.ShaperNone
 		if shaped(c.Link) {
 			c.Shaper = netem.ShaperNetem
-			if netem.Probe(netem.ShaperNetem) != nil {
+			if probeShaper(netem.ShaperNetem) != nil {
 				c.Shaper = netem.ShaperTun
 			}
 		}
@@ -371,7 +371,7 @@ func (c *Cell) pickShaper() error {
 	default:
 		return usage("unknown shaper %q; valid: auto, netem, tun, sleep, none", c.Shaper)
 	}
-	if err := netem.Probe(c.Shaper); err != nil {
+	if err := probeShaper(c.Shaper); err != nil {
 		if errors.Is(err, netem.ErrNotSupported) {
 			return fmt.Errorf("%w: %w", err, region.ErrNotSupported)
 		}
@@ -522,7 +522,7 @@ func (c *Cell) Estimate() time.Duration {
 
 // kernelName is the release of the running kernel; the lab kernel's begins with "lab".
 func kernelName() string {
-	k := results.ReadHost().Kernel
+	k := kernelRelease()
 	if inLab() {
 		return results.LabPrefix + k
 	}
