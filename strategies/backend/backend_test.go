@@ -21,11 +21,16 @@ import (
 
 var bg = context.Background()
 
-// stores opens every backend, plain and delayed, with the same content.
+// without lists the backends that need no server; the others are tested in package services.
+func without() []string {
+	return slices.DeleteFunc(Names(), NeedsService)
+}
+
+// stores opens every backend but those of chunks (package keyedtest tests them), plain and delayed, with the same content.
 func stores(t *testing.T, s Spec) map[string]region.Store {
 	t.Helper()
 	m := map[string]region.Store{}
-	for _, name := range Names() {
+	for _, name := range slices.DeleteFunc(without(), Chunked) {
 		for _, delayed := range []bool{false, true} {
 			s.Backend = name
 			st, err := Open(context.Background(), s, t.TempDir())
@@ -263,9 +268,9 @@ func TestInputThatShrinks(t *testing.T) {
 	if err := os.WriteFile(in, make([]byte, 3*block), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range Names() { // before it is opened
+	for _, name := range without() { // before it is opened
 		dir := t.TempDir()
-		_, err := Open(context.Background(), Spec{Backend: name, Size: 4 * block, Input: in}, dir)
+		_, err := Open(context.Background(), Spec{Backend: name, Size: 4 * block, Chunk: 4096, Input: in}, dir)
 		if err == nil || !strings.Contains(err.Error(), "shrank") || !strings.Contains(err.Error(), in) {
 			t.Errorf("%s: input shorter than the region: %v", name, err)
 		}
@@ -432,8 +437,8 @@ func TestSlow(t *testing.T) {
 }
 
 func TestSizes(t *testing.T) {
-	for _, name := range Names() {
-		s, err := Open(context.Background(), Spec{Backend: name, Size: 1 << 20}, t.TempDir())
+	for _, name := range without() {
+		s, err := Open(context.Background(), Spec{Backend: name, Size: 1 << 20, Chunk: 4096}, t.TempDir())
 		if err != nil {
 			t.Fatal(err)
 		}

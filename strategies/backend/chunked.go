@@ -39,10 +39,10 @@ type cleaner interface {
 
 // access is what a backend needs to reach its region.
 type access struct {
-	dir, prefix string // for files; of keys
-	service     Service
-	params      param.Values
-	dial        func(ctx context.Context, network, addr string) (net.Conn, error)
+	path, prefix string // of the file or folder to make; of keys
+	service      Service
+	params       param.Values
+	dial         func(ctx context.Context, network, addr string) (net.Conn, error)
 }
 
 // chunkedBackend keeps a region chunk by chunk.
@@ -57,15 +57,14 @@ func chunked() map[string]chunkedBackend {
 		"directory": {
 			params: []param.Spec{{Name: "handles", Kind: param.KindInt, Default: "64", Min: 1, Max: 65536, Doc: "files that the directory backend has open at once"}},
 			open: func(_ context.Context, a access) (keyed.Table, error) {
-				dir := filepath.Join(a.dir, "chunks")
-				if err := os.MkdirAll(dir, 0o700); err != nil {
+				if err := os.Mkdir(a.path, 0o700); err != nil {
 					return nil, err
 				}
-				return directory.Open(dir, a.params.Int("handles"))
+				return directory.Open(a.path, a.params.Int("handles"))
 			},
 		},
 		"kv": {open: func(_ context.Context, a access) (keyed.Table, error) {
-			return kv.Open(filepath.Join(a.dir, "region.db"))
+			return kv.Open(a.path)
 		}},
 		"redis": {server: true, open: func(ctx context.Context, a access) (keyed.Table, error) {
 			return redis.Open(ctx, redis.Options{Addr: a.service.Addr, User: a.service.User, Password: a.service.Password, Prefix: a.prefix, Dial: a.dial})
@@ -156,7 +155,7 @@ func openChunked(ctx context.Context, b chunkedBackend, s Spec, dir string, fill
 		return nil, err
 	}
 	// Names in a server that others may use too.
-	a := access{dir: dir, prefix: "memsync-" + rand.Text() + "/", params: params}
+	a := access{path: filepath.Join(dir, "region-"+rand.Text()), prefix: "memsync-" + rand.Text() + "/", params: params}
 	if b.server {
 		if s.Service == nil {
 			return nil, fmt.Errorf("no server is given: %w", region.ErrMissing)
@@ -181,29 +180,47 @@ func openChunked(ctx context.Context, b chunkedBackend, s Spec, dir string, fill
 	if err != nil {
 		return nil, errors.Join(err, t.Close())
 	}
-	var st region.Store = store
+	st := &owned{Store: store}
 	if c, ok := t.(cleaner); ok {
-		st = cleaned{store, c.Clear}
+		st.clear = c.Clear
 	}
 	if err := store.Fill(ctx, fill); err != nil {
-		return nil, errors.Join(err, st.Close())
+		return nil, errors.Join(err, st.Close(), os.RemoveAll(a.path))
 	}
 	return st, nil
 }
 
-// cleaned deletes a region's values when it is closed.
-type cleaned struct {
+// owned is a backend's store that counts its reads and, where clear is set,
+// deletes the region's values when it is closed.
+type owned struct {
 	region.Store
+	Sizes
 	clear func(context.Context) error
+}
+
+func (o *owned) ReadAt(ctx context.Context, p []byte, off int64) error {
+	o.count(len(p))
+	return o.Store.ReadAt(ctx, p, off)
+}
+
+// ReadOnly implements region.ReadOnlyer.
+func (o *owned) ReadOnly() bool {
+	r, ok := o.Store.(region.ReadOnlyer)
+	return ok && r.ReadOnly()
 }
 
 // cleanTime bounds the deletion of a region's values.
 const cleanTime = 20 * time.Second
 
-func (c cleaned) Close() error {
-	ctx, cancel := context.WithTimeout(context.Background(), cleanTime)
-	defer cancel()
-	return errors.Join(c.clear(ctx), c.Store.Close())
+func (o *owned) Close() error {
+	var err error
+	if o.clear != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), cleanTime)
+		defer cancel()
+		err = o.clear(ctx)
+		o.clear = nil
+	}
+	return errors.Join(err, o.Store.Close())
 }
 
 // openObject uploads the content as one object and opens that.
@@ -220,7 +237,7 @@ func openObject(ctx context.Context, a access, size int64, fill func([]byte, int
 	if err != nil {
 		return nil, err
 	}
-	return cleaned{obj, obj.Remove}, nil
+	return &owned{Store: obj, clear: obj.Remove}, nil
 }
 
 // filled reads a region's content in order.

@@ -149,7 +149,7 @@ func TestRefusals(t *testing.T) {
 		t.Error(err)
 	}
 	s := &store{b: make([]byte, 1)}
-	for device, want := range map[string]string{"ublk": "not supported", "uffd": "use strategy userfaultfd", "floppy": "valid: auto, fuse, nbd"} {
+	for device, want := range map[string]string{"ublk": "not supported", "uffd": "or strategy userfaultfd", "floppy": "valid: auto, fuse, nbd"} {
 		_, err := Strategy{}.Mount(ctx, remote{s}, options(t, device))
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("device %s: %v", device, err)
