@@ -472,14 +472,24 @@ func (r *run) start(ctx context.Context) error {
 }
 
 // stop ends the processes: the workload first, since only it can be waiting for
-// the others. After a failure they are killed at once.
+// the others. After a failure they are killed at once, but for the daemon: it is
+// asked first, as only it can let go of a kernel device on which the workload
+// waits beyond the reach of signals.
 func (r *run) stop(ctx context.Context, failed bool) error {
+	var errs []error
 	if failed {
+		for _, p := range []*role.Process{r.writer, r.workload} {
+			if p != nil {
+				p.Kill()
+			}
+		}
+		if r.daemon != nil {
+			errs = append(errs, r.daemon.Stop(ctx))
+		}
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithCancel(ctx)
 		cancel()
 	}
-	var errs []error
 	for _, p := range []*role.Process{r.writer, r.workload, r.daemon, r.source} {
 		if p != nil {
 			errs = append(errs, p.Stop(ctx))

@@ -186,6 +186,15 @@ func (d *daemon) unmount(ctx context.Context, _ none) (_ none, err error) {
 	return none{}, err
 }
 
+// letGo closes a mount that the runner did not ask to be unmounted, as after a
+// failure: what the kernel holds of it must not outlive the process. It is
+// shorter than Process.Stop waits.
+func (d *daemon) letGo() {
+	ctx, cancel := context.WithTimeout(context.Background(), 1500*time.Millisecond)
+	defer cancel()
+	_, _ = d.unmount(ctx, none{})
+}
+
 // Trouble is the daemon's side of a read or write that failed in the workload.
 type Trouble struct {
 	Text string `json:"text,omitempty"`

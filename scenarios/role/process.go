@@ -58,7 +58,9 @@ func Main(known strategies.Registry, args []string) int {
 		case Source:
 			ops = (&source{known: known}).ops()
 		case Daemon:
-			ops = (&daemon{known: known}).ops()
+			d := &daemon{known: known}
+			defer d.letGo()
+			ops = d.ops()
 		case Workload:
 			ops = (&workload{}).ops()
 		default:
@@ -242,6 +244,9 @@ func (p *Process) Watch(ctx context.Context, ended func(error)) {
 		}
 	}()
 }
+
+// Kill sends the process SIGKILL and does not wait; Stop does.
+func (p *Process) Kill() { _ = p.cmd.Process.Kill() }
 
 // Stop closes the socket, which ends the role, and kills the process where it
 // does not end within two seconds. It returns once the process is gone or, for
