@@ -73,11 +73,25 @@ func (r *Reopen) Flush(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = s.Flush(ctx)
-	if errors.Is(err, region.ErrPeerGone) {
+	err, gone := r.judge(s, s.Flush(ctx))
+	if gone {
 		r.drop(s)
 	}
 	return err
+}
+
+// judge reports whether err of a request to s says that the peer is gone. It
+// is also where another request found that out and s was closed under this one.
+func (r *Reopen) judge(s region.Store, err error) (_ error, gone bool) {
+	if !errors.Is(err, region.ErrClosed) || errors.Is(err, region.ErrPeerGone) {
+		return err, errors.Is(err, region.ErrPeerGone)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.closed || r.cur == s {
+		return err, false
+	}
+	return fmt.Errorf("remote region: connection lost to another request: %w", region.ErrPeerGone), true
 }
 
 func (r *Reopen) twice(ctx context.Context, do func(region.Store) error) error {
@@ -86,8 +100,8 @@ func (r *Reopen) twice(ctx context.Context, do func(region.Store) error) error {
 		if err != nil {
 			return err
 		}
-		err = do(s)
-		if err == nil || !errors.Is(err, region.ErrPeerGone) {
+		err, gone := r.judge(s, do(s))
+		if !gone {
 			return err
 		}
 		r.drop(s)
