@@ -178,11 +178,6 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 			return nil, err
 		}
 		remote = m.known
-		// What is not learnt crosses the wire, so that an error is no reason to fail.
-		m.learning.Go(func() { _ = m.known.Holes(background, m.remote) })
-		if m.digests != nil {
-			m.learning.Go(func() { _ = m.known.Same(background, m.digests) })
-		}
 	}
 	syncer, err := chunk.NewSyncer(remote, m.cache, o.Chunk, extent)
 	if err != nil {
@@ -205,6 +200,14 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		Workers: o.PushWorkers, Interval: p.Duration("push_interval"), DirtyLimit: p.Size("dirty_limit"),
 		SyncWorkers: max(syncWorkers, o.PushWorkers),
 	})
+	// Only from here on may the remote region be read: opening it again needs the pusher.
+	if m.known != nil {
+		// What is not learnt crosses the wire, so that an error is no reason to fail.
+		m.learning.Go(func() { _ = m.known.Holes(background, m.remote) })
+		if m.digests != nil {
+			m.learning.Go(func() { _ = m.known.Same(background, m.digests) })
+		}
+	}
 	var wanted order.Order
 	if name := p.Text("order"); name == order.FormatName {
 		wanted = format.Order(background, m.pusher)
