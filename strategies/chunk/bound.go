@@ -16,26 +16,33 @@ import (
 //
 // Each chunk that is not Remote holds a room, and so does each chunk that
 // somebody is about to ask for; there are limit rooms. Whoever finds none waits
-// for the reclaimer, which takes chunks out of the cache by CLOCK (a queue with a
-// second chance): the oldest that is Local goes, unless it was used again since
-// the reclaimer last came by, is being read or written, or the source may still
-// lack its bytes. The first use does not count: what is read once, as by a scan, goes first.
+// for the reclaimer, which takes chunks out of the cache by two queues, as the
+// kernel does with pages. What becomes Local enters active; the oldest there, but
+// for what was used again since the reclaimer last came by, is on trial for as long as
+// it takes a quarter of the cache to go by; then it goes, unless it was used
+// meanwhile, is being read or written, or the source may still lack its bytes.
+// The first use does not count: what is read once, as by a scan, goes first.
+// What was pulled ahead and not read yet is the last to go.
 //
 // A chunk that was touched may have copies of its bytes in front of the cache
 // (the kernel's page cache or page tables), whose use the Syncer does not see.
-// Where those can be dropped, the reclaimer drops them first and lets the chunk
-// stay for another round: if it is in use it will be touched again.
+// Where those can be dropped, that begins with the trial: if the chunk is in use it
+// will be touched again. Nobody waits for a drop, since it may wait for a read of the
+// device that waits for a room itself. Copies of what has gone do no harm: the
+// region is written through this Syncer only.
 type bound struct {
 	limit int64 // rooms
 	low   int64 // the reclaimer keeps that many free
+	trial int64 // and that many on trial
 
 	mu      sync.Mutex
 	used    int64
 	waiting int           // for a room
 	freed   chan struct{} // closed and replaced when rooms were given back
-	queue   ring          // chunks that are Local, oldest first; without those whose copies are being dropped
+	active  ring          // chunks that are Local, oldest first
+	onTrial ring          // the others that are
 	pulls   []*stretch    // requests on their way: none of their chunks may go
-	err     error         // why the last attempt to make chunks clean failed
+	err     error         // why the last attempt to make chunks clean, or to take one out, failed
 	drop    func(off, n int64) error
 	clean   func(ctx context.Context) error
 
@@ -70,9 +77,13 @@ func (r *ring) pop() int64 {
 	return idx
 }
 
-// maxDrops is how many drops of copies may be under way: more than a device has
-// requests, each of which may hold the page that a drop waits for.
-const maxDrops = 128
+const (
+	maxDrops = 32 // of copies, that may be under way: each takes a thread that waits in the kernel
+
+	// The reclaimer looks again after that long, doubling, where nothing can go.
+	minIdle = time.Millisecond
+	maxIdle = 16 * time.Millisecond
+)
 
 // Bound limits the cache to that many bytes, rounded down to chunks but at least
 // one, and has to be called before anything else. The cache must be a
@@ -83,7 +94,7 @@ func (s *Syncer) Bound(bytes int64) error {
 	}
 	limit := max(1, bytes>>s.shift)
 	s.maxExtent = max(1, min(s.maxExtent, limit/4))
-	s.bound = &bound{limit: limit, low: min(limit/16, 4*s.maxExtent), freed: make(chan struct{}), kick: make(chan struct{}, 1)}
+	s.bound = &bound{limit: limit, low: min(limit/16, 4*s.maxExtent), trial: max(1, limit/4), freed: make(chan struct{}), kick: make(chan struct{}, 1)}
 	s.bound.wg.Go(s.reclaim)
 	return nil
 }
@@ -192,12 +203,12 @@ func (b *bound) leave(n int64) {
 	}
 }
 
-// enqueue puts chunks [lo, hi), which have become Local, at the end of the queue.
+// enqueue puts chunks [lo, hi), which have become Local, at the end of active.
 func (b *bound) enqueue(lo, hi int64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for i := lo; i < hi; i++ {
-		b.queue.push(i)
+		b.active.push(i)
 	}
 	if b.waiting > 0 {
 		b.poke()
@@ -216,6 +227,9 @@ func (b *bound) hold(r *stretch) (release func()) {
 		defer b.mu.Unlock()
 		i := slices.Index(b.pulls, r)
 		b.pulls = slices.Delete(b.pulls, i, i+1)
+		if b.waiting > 0 {
+			b.poke()
+		}
 	}
 }
 
@@ -262,16 +276,19 @@ func (s *Syncer) unpin(lo, hi int64) {
 // pending returns how many chunks cannot go because the source may lack their bytes.
 func (s *Syncer) pending() int64 { return s.dirty.Count() + s.unflushed.Count() }
 
-// reclaim is the reclaimer.
+// reclaim is the reclaimer. It waits for nothing but work.
 func (s *Syncer) reclaim() {
 	b := s.bound
 	drops := make(chan struct{}, maxDrops)
 	cleaning := make(chan struct{}, 1)
-	var idle time.Duration // since what is in the queue cannot go now
-	for {
+	idle := minIdle
+	for stuck := false; ; {
 		var retry <-chan time.Time
-		if idle > 0 {
+		if stuck {
 			retry = time.After(idle)
+			idle = min(2*idle, maxIdle)
+		} else {
+			idle = minIdle
 		}
 		select {
 		case <-b.kick:
@@ -279,82 +296,109 @@ func (s *Syncer) reclaim() {
 		case <-s.ctx.Done():
 			return
 		}
-		idle = 0
-		for fruitless := 0; s.ctx.Err() == nil; {
-			marks := uint32(wordUsed)
+		stuck = false
+		for fruitless := int64(0); s.ctx.Err() == nil && !stuck; {
 			b.mu.Lock()
-			if b.drop != nil {
-				marks |= wordTouched
-			}
 			want := b.limit-b.used < b.low || b.limit == b.used && b.waiting > 0
-			if !want || fruitless > b.queue.n {
-				if want {
-					idle = time.Millisecond
-				}
-				b.mu.Unlock()
-				break
-			}
-			if b.queue.n == 0 {
-				b.mu.Unlock()
+			active, onTrial, drop := int64(b.active.n), int64(b.onTrial.n), b.drop
+			b.mu.Unlock()
+			if !want || active+onTrial == 0 {
 				break // enqueue pokes
 			}
-			idx := b.queue.pop()
-			drop := b.drop
-			b.mu.Unlock()
-			switch old := s.words[idx].Load(); {
-			case old&marks != 0 && drop != nil && old < wordPin:
-				run := stretch{idx, s.markedRun(idx, marks)}
-				for i := run.lo; i < run.hi; i++ {
-					s.words[i].And(^marks)
-				}
-				select {
-				case drops <- struct{}{}:
-				case <-s.ctx.Done():
-					return
-				}
-				b.wg.Go(func() {
-					// An error is the device's: it is closed, or the kernel has no such pages.
-					_ = drop(s.at(run.lo), s.at(run.hi)-s.at(run.lo))
-					<-drops
-					b.enqueue(run.lo, run.hi)
-					b.poke()
-				})
-				fruitless++
-				continue
-			case old&marks != 0 && drop == nil:
-				s.words[idx].And(^marks)
-			default:
-				gone, unclean := s.evict(idx)
-				if gone {
-					fruitless = 0
-					continue
-				}
-				if unclean {
-					s.makeClean(cleaning)
-				}
+			// Thrice: a step may clear a chunk's mark, the next put it on trial, another try it.
+			if stuck = fruitless > 3*(active+onTrial); stuck {
+				break
 			}
 			fruitless++
-			b.mu.Lock()
-			b.queue.push(idx)
-			b.mu.Unlock()
+			switch {
+			case active > 0 && (onTrial == 0 || onTrial < b.trial && len(drops) < maxDrops):
+				s.age(drop, drops)
+			case s.try(drop != nil, cleaning):
+				fruitless = 0
+			}
 		}
 	}
 }
 
-// markedRun takes the chunks that follow idx in the queue, as long as they are its
-// neighbours, marked and not pinned, and returns the end of the run.
-func (s *Syncer) markedRun(idx int64, marks uint32) (hi int64) {
+// age puts the oldest of active on trial, with the neighbours that follow it where
+// their copies are to be dropped, or has it stay active.
+func (s *Syncer) age(drop func(off, n int64) error, drops chan struct{}) {
 	b := s.bound
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for hi = idx + 1; b.queue.n > 0 && hi-idx < s.maxExtent; hi++ {
-		next := b.queue.buf[b.queue.head]
+	idx := b.active.pop()
+	old := s.words[idx].Load()
+	marks := uint32(wordUsed)
+	if drop != nil {
+		marks |= wordTouched
+	}
+	switch {
+	case old >= wordPin:
+		b.active.push(idx)
+		return
+	case old&marks == 0:
+		b.onTrial.push(idx)
+		return
+	case drop == nil:
+		s.words[idx].And(^marks)
+		b.active.push(idx)
+		return
+	}
+	run := stretch{idx, s.markedRun(idx, marks)}
+	for i := run.lo; i < run.hi; i++ {
+		s.words[i].And(^marks)
+		b.onTrial.push(i)
+	}
+	select {
+	case drops <- struct{}{}:
+	default:
+		return // all that may be under way are stuck: it is on trial with its copies
+	}
+	b.wg.Go(func() {
+		// An error is the device's: it is closed, or the kernel has no such pages.
+		_ = drop(s.at(run.lo), s.at(run.hi)-s.at(run.lo))
+		<-drops
+	})
+}
+
+// markedRun takes the chunks that follow idx in active, as long as they are its
+// neighbours, marked and not pinned, and returns the end of the run. Under mu.
+func (s *Syncer) markedRun(idx int64, marks uint32) (hi int64) {
+	q := &s.bound.active
+	for hi = idx + 1; q.n > 0 && hi-idx < s.maxExtent; hi++ {
+		next := q.buf[q.head]
 		if w := s.words[min(next, s.n-1)].Load(); next != hi || w&marks == 0 || w >= wordPin {
 			break
 		}
-		b.queue.pop()
+		q.pop()
 	}
 	return hi
+}
+
+// try takes the oldest of those on trial out of the cache and reports whether it
+// has gone; else it is active again.
+func (s *Syncer) try(drops bool, cleaning chan struct{}) (gone bool) {
+	b := s.bound
+	marks := uint32(wordUsed)
+	if drops {
+		marks |= wordTouched
+	}
+	b.mu.Lock()
+	idx := b.onTrial.pop()
+	b.mu.Unlock()
+	unclean := false
+	if s.words[idx].Load()&marks == 0 {
+		gone, unclean = s.evict(idx)
+	}
+	if unclean {
+		s.makeClean(cleaning)
+	}
+	if !gone {
+		b.mu.Lock()
+		b.active.push(idx)
+		b.mu.Unlock()
+	}
+	return gone
 }
 
 // evict makes chunk idx Remote, unless somebody needs it where it is; unclean
@@ -380,7 +424,12 @@ func (s *Syncer) evict(idx int64) (gone, unclean bool) {
 	to := old
 	if gone {
 		off := s.at(idx)
-		gone = s.local.(region.Trimmer).Trim(s.ctx, off, s.at(idx+1)-off) == nil
+		if err := s.local.(region.Trimmer).Trim(s.ctx, off, s.at(idx+1)-off); err != nil {
+			gone = false
+			b.mu.Lock()
+			b.err = err // for who waits for the room
+			b.mu.Unlock()
+		}
 	}
 	if gone {
 		to = uint32(Remote)
