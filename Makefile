@@ -51,7 +51,7 @@ fuzz: ## every fuzz target in turn, each for FUZZTIME (a release: FUZZTIME=10m);
 bench-nbd: ## our NBD server and client beside nbdkit's and nbdcopy, in turn, and the ratios of docs/nbd-interop.md
 	MEMSYNC_MUST_RUN=nbd-interop $(GO) test -run '^$$' -bench '^BenchmarkInterop$$' -benchtime 10x ./strategies/transport/nbd
 
-fmt:
+fmt: ## gofmt -w
 	gofmt -w .
 
 clean: ## what was built; results stay

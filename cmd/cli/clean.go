@@ -14,10 +14,9 @@ func newCleanCmd(s *state) *cobra.Command {
 		Use:   "clean",
 		Short: "Remove what a killed run left behind",
 		Long: `Removes scratch folders, mounts below them and folders of lab kernels, if their
-memsync is gone. Nothing
-else can be left: network namespaces, their devices, processes and most mounts
-end with the process that made them, by the kernel's doing (docs/architecture.md).
-What belongs to a running memsync is not touched.`,
+memsync is gone. Nothing else can be left: network namespaces, their devices,
+processes and most mounts end with the process that made them, by the kernel's
+doing (docs/architecture.md). What belongs to a running memsync is not touched.`,
 		Example: "  memsync clean",
 		Args:    cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {

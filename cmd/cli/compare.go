@@ -282,7 +282,7 @@ several is taken once; where its rows differ, nothing is merged and the run is n
 			}
 			m, err := results.Merge(out, args...)
 			for _, note := range m.Notes {
-				fmt.Fprintln(s.stderr, "memsync: left out:", note)
+				fmt.Fprintf(s.stderr, "%s: left out: %s\n", s.program.Name, note)
 			}
 			switch {
 			case errors.Is(err, fs.ErrNotExist), errors.Is(err, fs.ErrExist):

@@ -40,7 +40,13 @@ func (u unitValue[T]) Type() string { return u.kind }
 
 func durationFlag(f *pflag.FlagSet, p *time.Duration, name string, def time.Duration, doc string) {
 	*p = def
-	f.Var(unitValue[time.Duration]{p, region.ParseDuration, time.Duration.String, "time"}, name, doc)
+	show := func(d time.Duration) string {
+		if d == 0 {
+			return "0" // which --help leaves out as a default
+		}
+		return d.String()
+	}
+	f.Var(unitValue[time.Duration]{p, region.ParseDuration, show, "time"}, name, doc)
 }
 
 func sizeFlag(f *pflag.FlagSet, p *int64, name string, def int64, doc string) {
@@ -95,13 +101,14 @@ missing here; 5 not permitted or the link could not be calibrated; 6 wrong usage
 	sizeFlag(f, &k.Chunk, "chunk", 0, "chunk size, a power of two from a page on (default: the strategy's)")
 	f.StringVar(&k.Input, "input", "", "`file` whose content the region has (size: the file's); made:NAME makes one (docs/pull-order.md)")
 	f.StringVar(&k.Op, "op", "read", "read, write, mixed or sync (a writer at the source)")
-	f.StringVar(&k.Access, "access", "seq", "seq, random, reverse, zipf or trace:FILE (docs/pull-order.md)")
+	f.StringVar(&k.Access, "access", "seq", "seq, random, random:SIZE (blocks), reverse, zipf or trace:FILE (docs/pull-order.md)")
 	f.StringVar(&k.Via, "via", "map", "how the workload accesses the region: map, file (one handle) or path (opened for each access)")
 	f.IntVar(&k.Threads, "threads", 1, "threads of the workload, 1 to 256")
 	durationFlag(f, &k.Think, "think", 0, "pause after each touch")
 	f.IntVar(&o.pullWorkers, "pull-workers", -1, "background pulls in flight; 0 is none (default: the strategy's)")
 	f.IntVar(&o.pushWork, "push-workers", -1, "background pushes in flight; 0 is none (default: the strategy's)")
-	f.StringArrayVar(&k.Settings, "set", nil, "`key=value` of the strategy, device or transport (memsync list strategies); may be repeated")
+	f.Lookup("pull-workers").DefValue, f.Lookup("push-workers").DefValue = "0", "0" // -1 means nothing to a reader of --help
+	f.StringArrayVar(&k.Settings, "set", nil, "`key=value`: a parameter of the strategy, device, transport or backend (--explain lists them); may be repeated")
 	f.StringVar(&k.CPUs, "cpus", "", "`placement`, such as source=0,daemon=1,workload=1 (default: the scheduler's)")
 	f.IntVar(&o.runs, "runs", 6, "number of runs, 1 to 10000")
 	durationFlag(f, &k.Budget, "budget", 10*time.Second, "time a run may spend reading or writing")

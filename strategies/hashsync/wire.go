@@ -33,7 +33,7 @@ const (
 
 // The types of frames. Down is from the source's side to the destination's.
 const (
-	frameHello  = 1 + iota // up: magic, version
+	frameHello  = 1 + iota // both, first: magic, version
 	frameOpen              // up: a region's name
 	frameOpened            // down: size, chunk, name of the hash
 	framePrints            // up: digests of what the destination has

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// BenchmarkLocal takes the ratios of the bars (DESIGN section 8) for transport
+// BenchmarkLocal takes the ratios of the bars (docs/bars.md) for transport
 // local: each floor is measured beside the thing itself, in the same processes,
 // interleaved. Run it with -benchtime=20x: one iteration is one new mapping.
 //
