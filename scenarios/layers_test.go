@@ -74,7 +74,7 @@ func layerOf(t *testing.T, pkg string) (prefix string, level int, same bool) {
 	return prefix, level, same
 }
 
-// TestLayers holds docs/architecture.md: imports point down, test files included.
+// TestLayers holds docs/architecture.md: imports point down. Imports of test files are not looked at.
 func TestLayers(t *testing.T) {
 	cmd := exec.Command("go", "list", "-json=ImportPath,Imports", "./...")
 	cmd.Dir = ".."
