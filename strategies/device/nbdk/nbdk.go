@@ -289,6 +289,9 @@ func attach(ctx context.Context, conns []net.Conn, e nbd.Export, p param.Values,
 	if err == nil && d.node == nil {
 		d.node, err = os.OpenFile(d.Path(), os.O_RDONLY|syscall.O_CLOEXEC, 0)
 	}
+	if err == nil && byNetlink {
+		err = d.letGoOnClose()
+	}
 	if err == nil && p.IsSet("read_ahead") { // else what the kernel derived from the queue's limits
 		sectors := (p.Size("read_ahead") + 511) / 512
 		err = blockIoctl(int(d.node.Fd()), unix.BLKRASET, uintptr(sectors))

@@ -137,8 +137,6 @@ func (d *Device) byNetlink(s settings) error {
 		nl.NewRtAttr(attrBlock, u64(s.block)),
 		nl.NewRtAttr(attrTimeout, u64(seconds(s.timeout))),
 		nl.NewRtAttr(attrServerFlags, u64(int64(s.flags))),
-		// Should this process be killed, the kernel lets go by itself.
-		nl.NewRtAttr(attrClientFlags, u64(flagDisconnectOnClose)),
 		socketList(s.sockets),
 	}
 	if s.dead > 0 {
@@ -170,6 +168,17 @@ func (d *Device) byNetlink(s settings) error {
 			return judge("NBD_CMD_DISCONNECT "+d.Path(), err)
 		}
 		return nil
+	}
+	return nil
+}
+
+// letGoOnClose has the kernel detach the device when the last process closes it,
+// as it does when this one is killed. Only who holds the device open may ask
+// for that: whoever looks into a new device (udev, another client that searches
+// for a free one) closes it again.
+func (d *Device) letGoOnClose() error {
+	if _, err := call(cmdReconfigure, nl.NewRtAttr(attrIndex, u32(d.index)), nl.NewRtAttr(attrClientFlags, u64(flagDisconnectOnClose))); err != nil {
+		return judge("NBD_CMD_RECONFIGURE "+d.Path(), err)
 	}
 	return nil
 }
@@ -282,8 +291,11 @@ func (d *Device) claim(node *os.File, s settings) error {
 	fd := int(node.Fd())
 	for i, sock := range s.sockets {
 		if err := blockIoctl(fd, ioctlSetSock, sock.Fd()); err != nil {
-			if i > 0 {
+			switch {
+			case i > 0:
 				_ = blockIoctl(fd, ioctlClearSock, 0)
+			case errors.Is(err, unix.EINVAL): // it came under the control of netlink meanwhile
+				err = unix.EBUSY
 			}
 			return fmt.Errorf("NBD_SET_SOCK: %w", err)
 		}
