@@ -102,7 +102,8 @@ func overStore(ctx context.Context, s region.Store, chunk int64, p param.Values)
 	if m.Name != "hash" {
 		return nil, fmt.Errorf("dirty=%s: this source has no mapped file and no writer that it could watch; use dirty=hash: %w", m.Name, region.ErrNotSupported)
 	}
-	return NewSource(ctx, storeBytes{ctx, s}, s.ReadAt, o)
+	// ctx bounds the opening; the source goes on reading until it is closed.
+	return NewSource(ctx, storeBytes{context.WithoutCancel(ctx), s}, s.ReadAt, o)
 }
 
 // Serve hashes the region for this one connection. Where the region is written at

@@ -17,9 +17,12 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"memsync/strategies"
 	"memsync/strategies/delta"
 	"memsync/strategies/hash"
+	"memsync/strategies/param"
 	"memsync/strategies/region"
+	"memsync/strategies/storetest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -699,3 +702,28 @@ func TestResized(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// The context of Mount bounds the opening only: a mount goes on after it ended.
+func TestMountContext(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	p, err := param.New(Strategy{}.Info().Params, []string{"interval=5ms"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := storetest.Seeded(region.Content{Seed: 1}, 200_000)
+	m, err := Strategy{}.Mount(ctx, localRemote{store}, strategies.Options{Chunk: 4096, Dir: t.TempDir(), Params: p})
+	cancel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(50 * time.Millisecond) // some rounds
+	if err := m.Close(context.Background()); err != nil {
+		t.Error(err)
+	}
+}
+
+// localRemote is a region that the mount's own process holds.
+type localRemote struct{ region.Store }
+
+func (r localRemote) Open(context.Context) (region.Store, error) { return r.Store, nil }
+func (localRemote) Dial(context.Context) (net.Conn, error)       { return nil, region.ErrNotSupported }
