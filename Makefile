@@ -18,7 +18,7 @@ bench: build ## the main job: two figures, quick form, on a real shaped link (mi
 # One package at a time: tests that measure time must not compete with others.
 test: build ## all tests
 	@echo "fetches: Go modules that are not in the module cache yet; for LAB=1 also, once, Debian's user-mode-linux (into the user cache)"
-	LAB=$(LAB) $(GO) test -p 1 -count=1 ./...
+	LAB=$(LAB) $(GO) test -p 1 -count=1 -timeout 20m ./...
 	@if [ "$(LAB)" = 0 ]; then echo "left out: the tests in the lab kernel (LAB=0)"; fi
 
 build: ## bin/memsync
@@ -26,7 +26,7 @@ build: ## bin/memsync
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/memsync ./cmd/memsync
 
 race: ## all tests under the race detector (needs gcc)
-	LAB=0 $(GO) test -p 1 -race -count=1 ./...
+	LAB=0 $(GO) test -p 1 -race -count=1 -timeout 20m ./...
 
 lint: ## formatting, vet, staticcheck; the layer rules are a test (scenarios/layers_test.go)
 	@test -z "$$(gofmt -l .)" || { echo "gofmt would change:"; gofmt -l .; exit 1; }
@@ -39,7 +39,7 @@ peers: ## bin/memsync-peers: memsync with other projects' programs as strategies
 
 peers-test: build peers ## vet, staticcheck and tests of the peers' module (needs gcc)
 	cd strategies/peers && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...
-	cd strategies/peers && LAB=$(LAB) $(GO) test -p 1 -count=1 ./...
+	cd strategies/peers && LAB=$(LAB) $(GO) test -p 1 -count=1 -timeout 20m ./...
 
 fuzz: ## every fuzz target in turn, each for FUZZTIME (a release: FUZZTIME=10m); FUZZPKG=./strategies/transport/nbd for one package
 	@set -e; for p in $$($(GO) list $(FUZZPKG)); do \
