@@ -103,7 +103,19 @@ func overStore(ctx context.Context, s region.Store, chunk int64, p param.Values)
 		return nil, fmt.Errorf("dirty=%s: this source has no mapped file and no writer that it could watch; use dirty=hash: %w", m.Name, region.ErrNotSupported)
 	}
 	// ctx bounds the opening; the source goes on reading until it is closed.
-	return NewSource(ctx, storeBytes{context.WithoutCancel(ctx), s}, s.ReadAt, o)
+	reads, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	opening := context.AfterFunc(ctx, cancel)
+	src, err := NewSource(ctx, storeBytes{reads, s}, s.ReadAt, o)
+	if !opening() && err == nil {
+		err = errors.Join(context.Cause(ctx), src.Close())
+	}
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	loop := src.cancel
+	src.cancel = func() { loop(); cancel() }
+	return src, nil
 }
 
 // Serve hashes the region for this one connection. Where the region is written at
