@@ -10,6 +10,7 @@ import (
 	"net/rpc"
 	"os"
 	"os/exec"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"sync"
@@ -311,6 +312,9 @@ type rig struct {
 func serve(t *testing.T, size, chunk int64, o uffd.MemoryOptions) rig {
 	t.Helper()
 	if err := uffd.ProbeMemory(); errors.Is(err, region.ErrNotSupported) {
+		if _, has := os.Stat("/proc/sys/vm/unprivileged_userfaultfd"); has == nil && runtime.GOARCH == "amd64" && os.Getenv("MEMSYNC_LAB_KERNEL") == "" {
+			t.Fatalf("a kernel that has userfaultfd has write-protection of shared memory too, from Linux 5.19 on: %v", err)
+		}
 		t.Skip(err)
 	} else if err != nil {
 		t.Fatal(err)
