@@ -320,6 +320,9 @@ func s3Server() kind {
 	}
 }
 
+// buildTime bounds fetching and building a server; on two cores it takes 2 to 3 minutes.
+const buildTime = 15 * time.Minute
+
 // build returns the program that a Go package is, built once into the user's cache.
 func build(ctx context.Context, pkg string, log func(string)) (string, error) {
 	cache, err := os.UserCacheDir()
@@ -342,8 +345,11 @@ func build(ctx context.Context, pkg string, log func(string)) (string, error) {
 		return "", err
 	}
 	defer os.RemoveAll(tmp)
+	ctx, cancel := context.WithTimeout(ctx, buildTime)
+	defer cancel()
 	c := exec.CommandContext(ctx, goTool, "install", pkg)
-	c.Dir = tmp // outside of any module
+	c.WaitDelay = time.Second // what it started may hold its output
+	c.Dir = tmp               // outside of any module
 	c.Env = append(os.Environ(), "GOBIN="+tmp, "CGO_ENABLED=0", "GOFLAGS=-trimpath")
 	if out, err := c.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go install %s: %w: %s: %w", pkg, err, bytes.TrimSpace(out), region.ErrNotSupported)

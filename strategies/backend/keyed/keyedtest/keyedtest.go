@@ -212,7 +212,7 @@ func program(t *testing.T, ctx context.Context, table keyed.Table, _ func() keye
 // damage: what is not what was written is named and never returned.
 func damage(t *testing.T, ctx context.Context, table keyed.Table, _ func() keyed.Table) {
 	const chunk = 1 << 12
-	s := newStore(t, table, keyed.Options{Size: 4 * chunk, Chunk: chunk, Retry: -1})
+	s := newStore(t, table, keyed.Options{Size: 4 * chunk, Chunk: chunk, Retry: 2 * time.Second})
 	defer s.Close()
 	if err := s.Fill(ctx, func(p []byte, off int64) error { region.Content{Seed: 1}.Fill(p, off); return nil }); err != nil {
 		t.Fatal(err)
