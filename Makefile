@@ -5,7 +5,7 @@ LAB ?= 1
 RUNS ?= 6
 OUT ?= results/out/bench
 FUZZTIME ?= 30s
-FUZZPKG ?= ./...
+PKG ?= ./...
 FIGURES := latency-first-chunk-rttvar-1 throughput-rttvar-1
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
@@ -16,9 +16,9 @@ bench: build ## the main job: two figures, quick form, on a real shaped link (mi
 	bin/memsync run $(FIGURES) --quick --runs $(RUNS) --out $(OUT)
 
 # One package at a time: tests that measure time must not compete with others.
-test: build ## all tests
+test: build ## all tests (PKG=./netem for one package)
 	@echo "fetches: Go modules that are not in the module cache yet; for LAB=1 also, once, Debian's user-mode-linux (into the user cache)"
-	LAB=$(LAB) $(GO) test -p 1 -count=1 -timeout 20m ./...
+	LAB=$(LAB) $(GO) test -p 1 -count=1 -timeout 20m $(PKG)
 	@if [ "$(LAB)" = 0 ]; then echo "left out: the tests in the lab kernel (LAB=0)"; fi
 
 build: ## bin/memsync
@@ -26,7 +26,7 @@ build: ## bin/memsync
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/memsync ./cmd/memsync
 
 race: ## all tests under the race detector (needs gcc)
-	LAB=0 $(GO) test -p 1 -race -count=1 -timeout 20m ./...
+	LAB=0 $(GO) test -p 1 -race -count=1 -timeout 20m $(PKG)
 
 lint: ## formatting, vet, staticcheck; the layer rules are a test (scenarios/layers_test.go)
 	@test -z "$$(gofmt -l .)" || { echo "gofmt would change:"; gofmt -l .; exit 1; }
@@ -39,10 +39,10 @@ peers: ## bin/memsync-peers: memsync with other projects' programs as strategies
 
 peers-test: build peers ## vet, staticcheck and tests of the peers' module (needs gcc)
 	cd strategies/peers && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...
-	cd strategies/peers && LAB=$(LAB) $(GO) test -p 1 -count=1 -timeout 20m ./...
+	cd strategies/peers && LAB=$(LAB) $(GO) test -p 1 -count=1 -timeout 20m $(PKG)
 
-fuzz: ## every fuzz target in turn, each for FUZZTIME (a release: FUZZTIME=10m); FUZZPKG=./strategies/transport/nbd for one package
-	@set -e; for p in $$($(GO) list $(FUZZPKG)); do \
+fuzz: ## every fuzz target in turn, each for FUZZTIME (a release: FUZZTIME=10m); PKG=./strategies/transport/nbd for one package
+	@set -e; for p in $$($(GO) list $(PKG)); do \
 		for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz' || true); do \
 			echo "$$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p; \
 		done; \
