@@ -37,6 +37,7 @@ var layers = []struct {
 	{"strategies/dirty", 6, false},
 	{"strategies/transport/nbd", 8, false},
 	{"strategies/transport", 9, false},
+	{"strategies/transport/flow", 12, false},
 	{"strategies/chunk", 10, false},
 	{"strategies/delta", 10, false},
 	{"strategies/hash", 10, false},

@@ -14,15 +14,15 @@ import (
 
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
+	"memsync/strategies/transport/flow"
 )
 
 const (
-	maxConnections  = 16
-	demandPiece     = 1 << 20   // a longer request goes out in pieces of this size
-	backgroundPiece = 256 << 10 // so that a demand request waits for little
-	maxPieces       = 32        // of one request in flight
-	spreadPiece     = 4 << 10   // the least that is worth a connection of its own; below the first window of TCP (RFC 6928)
-	spreadRTT       = time.Millisecond
+	maxConnections = 16
+	demandPiece    = 1 << 20 // a longer request goes out in pieces of this size
+	maxPieces      = 32      // of one request in flight
+	spreadPiece    = 4 << 10 // the least that is worth a connection of its own; below the first window of TCP (RFC 6928)
+	spreadRTT      = time.Millisecond
 )
 
 // Client is an NBD export as a region.Store.
@@ -41,7 +41,7 @@ type Client struct {
 	export Export
 	conns  []*conn
 	ro     bool
-	bg     *window
+	bg     *flow.Window
 	far    bool // the path is long, requests are spread over the connections
 	calls  sync.Pool
 	rmw    sync.RWMutex // writes that are smaller than a block, against all others
@@ -125,7 +125,7 @@ func (t *Transport) open(ctx context.Context, d transport.Dialer, o transport.Op
 			err = fmt.Errorf("connections see exports of %d and %d bytes: %w", exports[0].Size, exports[i].Size, region.ErrMismatch)
 		}
 	}
-	c := &Client{export: exports[0], ro: o.ReadOnly || exports[0].Flags&FlagReadOnly != 0, bg: newWindow(o.Window), far: far && len(links) > 1}
+	c := &Client{export: exports[0], ro: o.ReadOnly || exports[0].Flags&FlagReadOnly != 0, bg: flow.New(o.Window), far: far && len(links) > 1}
 	c.calls.New = func() any { return &call{done: make(chan struct{}, 1)} }
 	for i, l := range links {
 		if err == nil {
@@ -452,7 +452,7 @@ func (c *Client) transfer(ctx context.Context, cmd command, flags uint16, dst, s
 	class := region.ClassOf(ctx)
 	piece := int64(demandPiece)
 	if class != region.Demand {
-		piece = c.bg.piece()
+		piece = c.bg.Piece()
 	}
 	if c.far {
 		piece = min(piece, max(spreadPiece, region.RoundUp((n+int64(len(c.conns))-1)/int64(len(c.conns)), 4096)))
@@ -502,7 +502,7 @@ func (c *Client) pieces(ctx context.Context, class region.Class, cmd command, fl
 			if err == nil {
 				took = f.k.at.Sub(f.sent)
 			}
-			c.bg.release(f.n, took)
+			c.bg.Release(f.n, took)
 		}
 		if err == nil {
 			c.put(f.k)
@@ -518,12 +518,12 @@ func (c *Client) pieces(ctx context.Context, class region.Class, cmd command, fl
 		}
 		f := flight{cn: c.pick(class), n: m}
 		if class != region.Demand {
-			if !c.bg.try(m) {
+			if !c.bg.Try(m) {
 				if count > 0 {
 					reap() // who waits for the window must not hold what others could lead
 					continue
 				}
-				if first = c.bg.acquire(ctx, m); first != nil {
+				if first = c.bg.Acquire(ctx, m); first != nil {
 					break
 				}
 			}
@@ -539,7 +539,7 @@ func (c *Client) pieces(ctx context.Context, class region.Class, cmd command, fl
 		f.k.stamp = class != region.Demand
 		if first = f.cn.start(ctx, f.k, s); first != nil {
 			if class != region.Demand {
-				c.bg.release(m, 0)
+				c.bg.Release(m, 0)
 			}
 			break
 		}

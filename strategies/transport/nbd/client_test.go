@@ -22,6 +22,7 @@ import (
 
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
+	"memsync/strategies/transport/flow"
 )
 
 // plain hides that a connection is a socket.
@@ -272,7 +273,7 @@ func TestOptional(t *testing.T) {
 			if err := l.enterTransmission(true); err != nil {
 				t.Fatal(err)
 			}
-			c = &Client{export: e, conns: []*conn{newConn(l, simple, 0)}, bg: newWindow(0)}
+			c = &Client{export: e, conns: []*conn{newConn(l, simple, 0)}, bg: flow.New(0)}
 			c.calls.New = func() any { return &call{done: make(chan struct{}, 1)} }
 			defer c.Close()
 		}

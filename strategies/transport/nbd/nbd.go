@@ -17,6 +17,7 @@ import (
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
+	"memsync/strategies/transport/flow"
 )
 
 const (
@@ -40,7 +41,7 @@ type Transport struct {
 	StallTimeout time.Duration
 
 	polling atomic.Int32
-	buffers buffers
+	buffers flow.Buffers
 }
 
 var _ transport.Transport = (*Transport)(nil)

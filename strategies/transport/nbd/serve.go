@@ -91,14 +91,14 @@ func (s *session) request(ctx context.Context, r request) error {
 	}
 	var data *[]byte
 	if payload > 0 {
-		data = s.t.buffers.get(int(payload))
+		data = s.t.buffers.Get(int(payload))
 		if err := s.l.readFull(*data, s.stall); err != nil {
 			return fmt.Errorf("payload of %v: %w", r.cmd, eof(err))
 		}
 	}
 	if r.cmd == cmdBlockStatus && data != nil {
 		no, msg := s.statusPayload(&r, *data)
-		s.t.buffers.put(data)
+		s.t.buffers.Put(data)
 		data = nil
 		if no != 0 {
 			s.memory.Release(weight)
@@ -112,7 +112,7 @@ func (s *session) request(ctx context.Context, r request) error {
 				err = s.store.WriteAt(ctx, *data, int64(r.off))
 				end()
 			}
-			s.t.buffers.put(data)
+			s.t.buffers.Put(data)
 			s.memory.Release(weight)
 			if err != nil {
 				return s.queueError(r, errnoOf(err, r.cmd), err.Error())
@@ -125,7 +125,7 @@ func (s *session) request(ctx context.Context, r request) error {
 		defer s.work.Done()
 		err := s.perform(ctx, r, data)
 		if data != nil {
-			s.t.buffers.put(data)
+			s.t.buffers.Put(data)
 		}
 		s.memory.Release(weight)
 		if err != nil {
@@ -436,8 +436,8 @@ func (s *session) zero(ctx context.Context, off, n int64, flags uint16) error {
 	if n == 0 {
 		return nil
 	}
-	b := s.t.buffers.get(int(min(n, readPiece)))
-	defer s.t.buffers.put(b)
+	b := s.t.buffers.Get(int(min(n, readPiece)))
+	defer s.t.buffers.Put(b)
 	clear(*b)
 	for n > 0 {
 		k := min(n, int64(len(*b)))
@@ -459,8 +459,8 @@ func (s *session) read(ctx context.Context, r request) error {
 	if !whole {
 		size = min(size, readPiece)
 	}
-	b := s.t.buffers.get(int(size))
-	defer s.t.buffers.put(b)
+	b := s.t.buffers.Get(int(size))
+	defer s.t.buffers.Put(b)
 	if whole {
 		if err := s.store.ReadAt(ctx, *b, int64(r.off)); err != nil {
 			return s.send([][]byte{s.refusal(nil, r, errnoOf(err, r.cmd), err.Error())})

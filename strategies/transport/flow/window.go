@@ -1,4 +1,6 @@
-package nbd
+// Package flow holds what the clients of all transports share: the window of
+// background requests, which follows the path, and buffers that are lent.
+package flow
 
 import (
 	"context"
@@ -6,7 +8,12 @@ import (
 	"time"
 )
 
+// Piece is the longest piece of a background request, in bytes, so that a demand
+// request waits for little.
+const Piece = 256 << 10
+
 const (
+	step        = 4 << 10   // the window is a multiple of it, or grows by at least it
 	windowFirst = 512 << 10 // bytes; the first size of an automatic window
 	windowMin   = 128 << 10
 	windowMax   = 64 << 20
@@ -14,7 +21,7 @@ const (
 	baseAge     = 10 * time.Second     // for which the lowest latency is believed
 )
 
-// window bounds the bytes of background requests in flight, first come first served.
+// Window bounds the bytes of background requests in flight, first come first served.
 //
 // An automatic window follows the path. The lowest latency ever seen is that of
 // an idle path (base). In each round, a window's worth of replies, the lowest
@@ -25,7 +32,7 @@ const (
 // waits for little more than its round trip. Every baseAge one round with half
 // the window lets the queue drain, to see whether base is still true.
 // After TCP Vegas (Brakmo and Peterson, 1995) and BBR's ProbeRTT.
-type window struct {
+type Window struct {
 	mu    sync.Mutex
 	limit int64
 	used  int64
@@ -45,18 +52,18 @@ type ticket struct {
 	ready chan struct{}
 }
 
-// newWindow makes a window of limit bytes, automatic where that is 0.
-func newWindow(limit int64) *window {
+// New makes a window of limit bytes, automatic where that is 0.
+func New(limit int64) *Window {
 	if limit == 0 {
-		return &window{limit: windowFirst, round: windowFirst, auto: true, fast: true}
+		return &Window{limit: windowFirst, round: windowFirst, auto: true, fast: true}
 	}
-	return &window{limit: limit}
+	return &Window{limit: limit}
 }
 
-func (w *window) fits(n int64) bool { return w.used == 0 || w.used+n <= w.limit }
+func (w *Window) fits(n int64) bool { return w.used == 0 || w.used+n <= w.limit }
 
-// try takes n bytes where that needs no wait. A request longer than the window goes alone.
-func (w *window) try(n int64) bool {
+// Try takes n bytes where that needs no wait. A request longer than the window goes alone.
+func (w *Window) Try(n int64) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if len(w.queue) > 0 || !w.fits(n) {
@@ -66,9 +73,9 @@ func (w *window) try(n int64) bool {
 	return true
 }
 
-// acquire waits for n bytes, or for the end of ctx.
-func (w *window) acquire(ctx context.Context, n int64) error {
-	if w.try(n) {
+// Acquire waits for n bytes, or for the end of ctx.
+func (w *Window) Acquire(ctx context.Context, n int64) error {
+	if w.Try(n) {
 		return nil
 	}
 	t := &ticket{n, make(chan struct{})}
@@ -99,7 +106,7 @@ func (w *window) acquire(ctx context.Context, n int64) error {
 }
 
 // admit lets those at the front of the queue in. Under mu.
-func (w *window) admit() {
+func (w *Window) admit() {
 	for len(w.queue) > 0 && w.fits(w.queue[0].n) {
 		w.used += w.queue[0].n
 		close(w.queue[0].ready)
@@ -107,9 +114,9 @@ func (w *window) admit() {
 	}
 }
 
-// release gives n bytes back; took is how long the request for them took, 0
+// Release gives n bytes back; took is how long the request for them took, 0
 // where it failed.
-func (w *window) release(n int64, took time.Duration) {
+func (w *Window) Release(n int64, took time.Duration) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.auto && took > 0 {
@@ -119,19 +126,19 @@ func (w *window) release(n int64, took time.Duration) {
 	w.admit()
 }
 
-// piece is how long one background request should be at most: short against the
+// Piece is how long one background request should be at most: short against the
 // window, so that what is in flight can follow it closely.
-func (w *window) piece() int64 {
+func (w *Window) Piece() int64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !w.auto {
-		return backgroundPiece
+		return Piece
 	}
-	return min(backgroundPiece, max(windowMin/4, w.limit/8&^(spreadPiece-1)))
+	return min(Piece, max(windowMin/4, w.limit/8&^(step-1)))
 }
 
 // adapt learns from a reply of n bytes. Under mu.
-func (w *window) adapt(n int64, latency time.Duration, now time.Time) {
+func (w *Window) adapt(n int64, latency time.Duration, now time.Time) {
 	if w.base == 0 || latency <= w.base {
 		w.base, w.since = latency, now
 	}
@@ -160,6 +167,6 @@ func (w *window) adapt(n int64, latency time.Duration, now time.Time) {
 		w.fast = false
 		w.limit = max(windowMin, int64(float64(w.limit)*max(0.5, float64(target)/float64(low))))
 	case binds && !w.fast:
-		w.limit = min(windowMax, w.limit+max(w.limit/16, spreadPiece))
+		w.limit = min(windowMax, w.limit+max(w.limit/16, step))
 	}
 }
