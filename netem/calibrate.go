@@ -137,7 +137,17 @@ func (l *Link) Calibrate(ctx context.Context) (c Calibration, err error) {
 		if c.RTT, err = l.Echo(ctx, l.echoes()); err != nil {
 			return nil, err
 		}
-		return l.AcceptRTT(c.RTT), nil
+		verdict = l.AcceptRTT(c.RTT)
+		for i, to := range l.hosts[2:] { // each from the one before it: no pair is nearer than another
+			e, err := l.echo(ctx, l.hosts[i+1], to, 10)
+			if err != nil {
+				return nil, err
+			}
+			if no := l.AcceptRTT(e); no != nil {
+				verdict = errors.Join(verdict, fmt.Errorf("to %s: %w", to.name, no))
+			}
+		}
+		return verdict, nil
 	})
 	if err != nil {
 		return c, err

@@ -26,6 +26,8 @@ type Evidence struct {
 	Segments    int         `json:"large_segment_packets"`
 	Source      EndEvidence `json:"source"`
 	Destination EndEvidence `json:"destination"`
+	// More are the further destinations of a link of more than two hosts.
+	More []EndEvidence `json:"more_destinations,omitempty"`
 }
 
 // EndEvidence is one end of a link as the kernel reports it.
@@ -91,8 +93,12 @@ func (l *Link) setSysctls(n *Namespace) error {
 			return fmt.Errorf("sysctl %s: %w: is %q, asked for %q", s.name, ErrReadBack, got, s.value)
 		}
 	}
-	// No IPv6 on the link: its neighbour discovery would add packets nobody asked for.
-	err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", n.dev, "disable_ipv6"), []byte("1"), 0)
+	return noIPv6(n.dev)
+}
+
+// noIPv6 keeps IPv6 off a device: its neighbour discovery would add packets nobody asked for.
+func noIPv6(device string) error {
+	err := os.WriteFile(filepath.Join("/proc/sys/net/ipv6/conf", device, "disable_ipv6"), []byte("1"), 0)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("set sysctl: %w", err)
 	}
@@ -149,12 +155,13 @@ func (l *Link) readEvidence() error {
 	if l.shaper == ShaperNetem {
 		l.evidence.Segments = int(netemSettings(l.profile, 0).segments)
 	}
-	for i, e := range []*EndEvidence{&l.evidence.Source, &l.evidence.Destination} {
-		n := l.ends()[i]
-		if err := n.Do(func() error { return l.readEnd(n, e) }); err != nil {
+	ends := make([]EndEvidence, len(l.hosts))
+	for i, n := range l.hosts {
+		if err := n.Do(func() error { return l.readEnd(n, &ends[i]) }); err != nil {
 			return fmt.Errorf("read back the %s end: %w", n.name, err)
 		}
 	}
+	l.evidence.Source, l.evidence.Destination, l.evidence.More = ends[0], ends[1], ends[2:]
 	return nil
 }
 

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -38,32 +40,54 @@ type Options struct {
 	// Window is the least maximum of the TCP buffers in bytes; the maximum is never
 	// below 4 BDP nor below 16 MiB (64 MiB where the rate is unlimited).
 	Window int64 `json:"window_bytes,omitempty"`
+	// Hosts is how many hosts the link joins: 2 by default, at most MaxHosts. The first
+	// is the source, the others are destinations. More than two meet at a switch that
+	// adds neither delay nor limit: what leaves a host goes through that host's own
+	// shaper, so that the RTT of any two is the profile's, and each host sends at
+	// most at its rate, to however many others.
+	Hosts int `json:"hosts,omitempty"`
 }
+
+// MaxHosts is the largest Options.Hosts.
+const MaxHosts = 17
 
 // The names and addresses at the two ends. The namespaces are private, so every
 // link has the same ones; 198.18.0.0/15 is set aside for benchmarks by RFC 2544.
 const (
 	sourceDevice      = "memsync-src"
 	destinationDevice = "memsync-dst"
-	prefixBits        = 30
+	prefixBits        = 27
 )
 
-func sourceAddr() netip.Addr      { return netip.AddrFrom4([4]byte{198, 18, 0, 1}) }
-func destinationAddr() netip.Addr { return netip.AddrFrom4([4]byte{198, 18, 0, 2}) }
+// hostAddr is the address of host i, from 0; its last byte is i+1.
+func hostAddr(i int) netip.Addr { return netip.AddrFrom4([4]byte{198, 18, 0, byte(i + 1)}) }
 
-// Link joins two namespaces. It owns them, its devices, descriptors and threads
-// until Close. Its methods may be called concurrently.
+// hostName is what host i is called in errors, and its device.
+func hostName(i int) (name, device string) {
+	switch i {
+	case 0:
+		return "source", sourceDevice
+	case 1:
+		return "destination", destinationDevice
+	}
+	return fmt.Sprintf("destination %d", i), fmt.Sprint(destinationDevice, i)
+}
+
+// Link joins two namespaces, or as many as Options.Hosts says. It owns them, its
+// devices, descriptors and threads until Close. Its methods may be called concurrently.
 type Link struct {
 	shaper   Shaper
 	profile  Profile
 	options  Options
-	src, dst *Namespace
+	hosts    []*Namespace
+	src, dst *Namespace // the first two hosts
+	hub      *Namespace // the switch: veth with more than two hosts
 	evidence Evidence
 
 	// tun only
-	tuns     [2]int
+	tuns     []int
 	stop     int
-	forwards [2]*forwarder
+	forwards []*forwarder
 	running  sync.WaitGroup
 
 	mu      sync.Mutex // serialises change and Close
@@ -101,20 +125,31 @@ func Open(ctx context.Context, shaper Shaper, p Profile, o Options) (_ *Link, er
 	if o.Window < 0 || o.Window > maxWindow {
 		return nil, fmt.Errorf("window of %d bytes: %w: must be 0 to %d", o.Window, ErrInvalid, maxWindow)
 	}
-	l := &Link{shaper: shaper, profile: p, options: o, tuns: [2]int{-1, -1}, stop: -1}
+	n := max(o.Hosts, 2)
+	if o.Hosts == 1 || o.Hosts < 0 || n > MaxHosts {
+		return nil, fmt.Errorf("%d hosts: %w: must be 2 to %d", o.Hosts, ErrInvalid, MaxHosts)
+	}
+	l := &Link{shaper: shaper, profile: p, options: o, stop: -1}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, l.Close())
 		}
 	}()
-	if l.src, err = newNamespace("source"); err != nil {
-		return nil, err
+	for i := range n {
+		name, device := hostName(i)
+		h, err := newNamespace(name)
+		if err != nil {
+			return nil, err
+		}
+		h.dev, h.addr = device, hostAddr(i)
+		l.hosts = append(l.hosts, h)
 	}
-	if l.dst, err = newNamespace("destination"); err != nil {
-		return nil, err
+	l.src, l.dst = l.hosts[0], l.hosts[1]
+	if n > 2 && shaper != ShaperTun {
+		if l.hub, err = newNamespace("switch"); err != nil {
+			return nil, err
+		}
 	}
-	l.src.dev, l.src.addr = sourceDevice, sourceAddr()
-	l.dst.dev, l.dst.addr = destinationDevice, destinationAddr()
 	for _, step := range []func() error{l.makeDevices, func() error { return l.configure(ctx) }, l.shape, l.readEvidence} {
 		if err := ctx.Err(); err != nil {
 			return nil, err
@@ -126,21 +161,26 @@ func Open(ctx context.Context, shaper Shaper, p Profile, o Options) (_ *Link, er
 	return l, nil
 }
 
-// ends are the two namespaces; direction i goes from ends()[i] to ends()[1-i].
+// ends are the first two hosts, which calibration is about; direction i goes from
+// ends()[i] to ends()[1-i].
 func (l *Link) ends() [2]*Namespace { return [2]*Namespace{l.src, l.dst} }
 
 func (l *Link) makeDevices() error {
-	if l.shaper != ShaperTun {
-		return l.src.Do(func() error {
-			l.dst.mu.RLock()
-			defer l.dst.mu.RUnlock()
-			return addVeth(l.dst.dev, netlink.NsFd(l.dst.fd))
-		})
-	}
-	for i, n := range l.ends() {
-		err := n.Do(func() (err error) {
-			l.tuns[i], err = openTun(n.dev)
-			return err
+	for i, n := range l.hosts {
+		err := n.Do(func() error {
+			switch {
+			case l.shaper == ShaperTun:
+				fd, err := openTun(n.dev)
+				if err == nil {
+					l.tuns = append(l.tuns, fd)
+				}
+				return err
+			case l.hub != nil:
+				return addVeth(n.dev, port(i), netlink.NsFd(l.hub.fd))
+			case i == 0: // one pair for both
+				return addVeth(n.dev, l.dst.dev, netlink.NsFd(l.dst.fd))
+			}
+			return nil
 		})
 		if err != nil {
 			return err
@@ -149,11 +189,11 @@ func (l *Link) makeDevices() error {
 	return nil
 }
 
-// addVeth makes the pair memsync-src and peer, the latter in another namespace (a
+// addVeth makes the pair name and peer, the latter in another namespace (a
 // netlink.NsFd) or, where that is nil, in the calling thread's as well.
-func addVeth(peer string, in any) error {
+func addVeth(name, peer string, in any) error {
 	v := &netlink.Veth{
-		LinkAttrs:       netlink.LinkAttrs{Name: sourceDevice, MTU: mtu, TxQLen: deviceQueue, NumTxQueues: 1, NumRxQueues: 1},
+		LinkAttrs:       netlink.LinkAttrs{Name: name, MTU: mtu, TxQLen: deviceQueue, NumTxQueues: 1, NumRxQueues: 1},
 		PeerName:        peer,
 		PeerNamespace:   in,
 		PeerMTU:         mtu,
@@ -178,35 +218,86 @@ const deviceQueue = 4096
 
 // configure sets addresses, neighbours, routes and sysctls, and brings the devices up.
 func (l *Link) configure(ctx context.Context) error {
-	var hw [2]netlink.Link
-	for i, n := range l.ends() {
+	devices := make([]netlink.Link, len(l.hosts))
+	for i, n := range l.hosts {
 		err := n.Do(func() (err error) {
-			hw[i], err = netlink.LinkByName(n.dev)
+			devices[i], err = netlink.LinkByName(n.dev)
 			return err
 		})
 		if err != nil {
 			return fmt.Errorf("find device %s: %w", n.dev, err)
 		}
 	}
-	for i, n := range l.ends() {
-		err := n.Do(func() error { return l.configureEnd(n, l.ends()[1-i], hw[i], hw[1-i]) })
+	next := []netlink.Link{devices[1], devices[0]} // whom the frames of each host go to
+	if l.hub != nil {
+		err := l.hub.Do(func() (err error) {
+			next, err = l.configureSwitch(devices)
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("configure the switch: %w", err)
+		}
+	}
+	for i, n := range l.hosts {
+		var mac net.HardwareAddr // a tun has none
+		if l.shaper != ShaperTun {
+			mac = next[i].Attrs().HardwareAddr
+		}
+		err := n.Do(func() error { return l.configureEnd(n, devices[i], mac) })
 		if err != nil {
 			return fmt.Errorf("configure the %s end: %w", n.name, err)
 		}
 	}
 	// A route is there only once the device is up.
-	for i, n := range l.ends() {
+	for i, n := range l.hosts {
 		err := n.Do(func() error {
 			if err := awaitCarrier(ctx, n.dev); err != nil {
 				return err
 			}
-			return l.setCongestion(hw[i].Attrs().Index, n)
+			return l.setCongestion(devices[i].Attrs().Index, n)
 		})
 		if err != nil {
 			return fmt.Errorf("configure the %s end: %w", n.name, err)
 		}
 	}
-	return nil
+	if l.hub == nil {
+		return nil
+	}
+	return l.hub.Do(func() error {
+		for i := range l.hosts {
+			if err := awaitCarrier(ctx, port(i)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// port is the name of the switch's device that leads to host i.
+func port(i int) string { return fmt.Sprintf("port-%d", i) }
+
+// configureSwitch makes a router of the switch's namespace, in which it runs: each
+// host's address leads to its port. Neighbours are known, and the
+// queue of a port has room for all that can come, so that it neither asks nor drops.
+func (l *Link) configureSwitch(devices []netlink.Link) (ports []netlink.Link, err error) {
+	if err := os.WriteFile(sysctlRoot+"ip_forward", []byte("1"), 0); err != nil {
+		return nil, fmt.Errorf("set sysctl: %w", err)
+	}
+	for i, h := range l.hosts {
+		dev, err := netlink.LinkByName(port(i))
+		if err != nil {
+			return nil, fmt.Errorf("find device %s: %w", port(i), err)
+		}
+		index, host := dev.Attrs().Index, netlink.NewIPNet(h.addr.AsSlice())
+		err = errors.Join(noIPv6(port(i)), netlink.LinkSetTxQLen(dev, deviceQueue), netlink.LinkSetUp(dev), setPfifo(index, 1<<16),
+			netlink.NeighSet(&netlink.Neigh{LinkIndex: index, State: netlink.NUD_PERMANENT, IP: h.addr.AsSlice(), HardwareAddr: devices[i].Attrs().HardwareAddr}),
+			netlink.RouteAdd(&netlink.Route{LinkIndex: index, Dst: host, Scope: netlink.SCOPE_LINK}))
+		if err != nil {
+			return nil, fmt.Errorf("device %s: %w", port(i), err)
+		}
+		ports = append(ports, dev)
+	}
+	return ports, nil
 }
 
 // awaitCarrier waits until the kernel's link watch, a work queue of its own, has seen
@@ -232,7 +323,8 @@ func awaitCarrier(ctx context.Context, device string) error {
 	}
 }
 
-func (l *Link) configureEnd(n, peer *Namespace, dev, peerDev netlink.Link) error {
+// configureEnd sets host n up; mac is where its frames go, nil on a tun device.
+func (l *Link) configureEnd(n *Namespace, dev netlink.Link, mac net.HardwareAddr) error {
 	if err := l.setSysctls(n); err != nil {
 		return err
 	}
@@ -253,7 +345,10 @@ func (l *Link) configureEnd(n, peer *Namespace, dev, peerDev netlink.Link) error
 	if err := netlink.LinkSetUp(dev); err != nil {
 		return fmt.Errorf("bring %s up: %w", n.dev, err)
 	}
-	if mac := peerDev.Attrs().HardwareAddr; len(mac) == 6 {
+	for _, peer := range l.hosts {
+		if mac == nil || peer == n {
+			continue
+		}
 		// Known neighbours, so that no ARP adds to a first packet or to a count.
 		neigh := &netlink.Neigh{LinkIndex: dev.Attrs().Index, State: netlink.NUD_PERMANENT, IP: peer.addr.AsSlice(), HardwareAddr: mac}
 		if err := netlink.NeighSet(neigh); err != nil {
@@ -268,7 +363,7 @@ func (l *Link) shape() error {
 	if l.shaper == ShaperTun {
 		return l.startForwarders()
 	}
-	for i, n := range l.ends() {
+	for i, n := range l.hosts {
 		err := n.Do(func() error {
 			dev, err := netlink.LinkByName(n.dev)
 			if err != nil {
@@ -286,17 +381,17 @@ func (l *Link) shape() error {
 	return nil
 }
 
-// seed is the one for netem's direction i after the changes so far.
+// seed is the one for what leaves host i, by netem, after the changes so far.
 func (l *Link) seed(i int) uint64 {
-	return mix(mix(l.options.Seed) + 2*l.changes + uint64(i))
+	return mix(mix(l.options.Seed) + uint64(len(l.hosts))*l.changes + uint64(i))
 }
 
-// applyNetem sets direction i and compares what the kernel then reports.
+// applyNetem sets what leaves host i and compares what the kernel then reports.
 func (l *Link) applyNetem(dev netlink.Link, i int, s settings, change bool) error {
 	// TCP makes large segments even where GSO is off (since Linux 4.17), so it takes a
 	// limit of the device; sockets that are connected already keep the one they found.
 	if err := netlink.LinkSetGSOMaxSegs(dev, int(s.segments)); err != nil {
-		return fmt.Errorf("limit large segments of %s: %w", l.ends()[i].dev, err)
+		return fmt.Errorf("limit large segments of %s: %w", l.hosts[i].dev, err)
 	}
 	if err := setNetem(dev.Attrs().Index, s, change); err != nil {
 		return err
@@ -314,12 +409,12 @@ func (l *Link) startForwarders() error {
 		return fmt.Errorf("eventfd: %w", err)
 	}
 	l.stop = stop
-	for i := range l.forwards {
-		f, err := newForwarder(l.tuns[i], l.tuns[1-i], stop, l.profile, newLine(l.profile, l.options.Seed, uint64(i)))
+	for i, tun := range l.tuns {
+		f, err := newForwarder(tun, l.tuns, stop, l.profile, newLine(l.profile, l.options.Seed, uint64(i)))
 		if err != nil {
 			return err
 		}
-		l.forwards[i] = f
+		l.forwards = append(l.forwards, f)
 	}
 	for _, f := range l.forwards {
 		l.running.Go(func() {
@@ -332,7 +427,7 @@ func (l *Link) startForwarders() error {
 	return nil
 }
 
-// SetLoss changes the loss of both directions, 0..1, from the next packet on; 1 cuts
+// SetLoss changes the loss of what leaves each host, 0..1, from the next packet on; 1 cuts
 // the link. Profile and Evidence keep what Open was asked for. It returns
 // ErrInvalid, also on a link that shapes nothing, and ErrClosed.
 func (l *Link) SetLoss(loss float64) error {
@@ -362,7 +457,7 @@ func (l *Link) change(p Profile, roomy bool) error {
 			f.line.set(p)
 		}
 	case ShaperNetem:
-		for i, n := range l.ends() {
+		for i, n := range l.hosts {
 			err := n.Do(func() error {
 				dev, err := netlink.LinkByName(n.dev)
 				if err != nil {
@@ -385,8 +480,11 @@ func (l *Link) change(p Profile, roomy bool) error {
 // Source is the namespace of the host that has the data.
 func (l *Link) Source() *Namespace { return l.src }
 
-// Destination is the namespace of the host that wants the data.
+// Destination is the namespace of the host that wants the data; the first of several.
 func (l *Link) Destination() *Namespace { return l.dst }
+
+// Hosts are the namespaces of all hosts: the source and the destinations.
+func (l *Link) Hosts() []*Namespace { return slices.Clone(l.hosts) }
 
 // Shaper tells what shapes the link.
 func (l *Link) Shaper() Shaper { return l.shaper }
@@ -396,7 +494,7 @@ func (l *Link) Profile() Profile { return l.profile }
 
 // Counters counts what went over the link since Open.
 type Counters struct {
-	// SourceTx left the source for the destination, DestinationTx the reverse.
+	// SourceTx left the source, DestinationTx came to it.
 	SourceTx      Traffic `json:"source_tx"`
 	DestinationTx Traffic `json:"destination_tx"`
 }
@@ -410,34 +508,62 @@ type Traffic struct {
 	Dropped int64 `json:"dropped_packets"`
 }
 
-// Counters reads the counters of both directions.
-func (l *Link) Counters() (Counters, error) {
-	var t [2]Traffic
-	for i, n := range l.ends() {
-		if l.shaper == ShaperTun {
-			f := l.forwards[i]
-			t[i] = Traffic{f.packets.Load(), f.bytes.Load(), f.lost.Load() + f.over.Load() + f.wrong.Load()}
+// Counters reads the counters of both directions of the source.
+func (l *Link) Counters() (c Counters, err error) {
+	if c.SourceTx, err = l.Sent(0); err != nil {
+		return Counters{}, err
+	}
+	switch {
+	case len(l.hosts) == 2:
+		c.DestinationTx, err = l.Sent(1)
+	case l.shaper == ShaperTun:
+		for _, f := range l.forwards[1:] {
+			c.DestinationTx.Packets += f.gave[0].packets.Load()
+			c.DestinationTx.Bytes += f.gave[0].bytes.Load()
 		}
-		err := n.Do(func() error {
-			dev, err := netlink.LinkByName(n.dev)
-			if err != nil {
-				return err
-			}
-			if l.shaper == ShaperTun {
-				if s := dev.Attrs().Statistics; s != nil {
-					t[i].Dropped += int64(s.TxDropped) // more than the device's own queue held
-				}
-				return nil
-			}
-			q, err := rootQdisc(dev.Attrs().Index)
-			t[i] = Traffic{q.packets, q.bytes - l2Header*q.packets, q.drops}
+	default: // what the switch gave the source, as segmented
+		err = l.hub.Do(func() (err error) {
+			c.DestinationTx, err = qdiscTraffic(port(0))
 			return err
 		})
-		if err != nil {
-			return Counters{}, fmt.Errorf("read counters of the %s end: %w", n.name, err)
-		}
 	}
-	return Counters{SourceTx: t[0], DestinationTx: t[1]}, nil
+	return c, err
+}
+
+// Sent counts what has left host i, as Hosts numbers them, since Open.
+func (l *Link) Sent(i int) (t Traffic, err error) {
+	n := l.hosts[i]
+	err = n.Do(func() (err error) {
+		if l.shaper != ShaperTun {
+			t, err = qdiscTraffic(n.dev)
+			return err
+		}
+		f := l.forwards[i]
+		t.Dropped = f.lost.Load() + f.over.Load() + f.wrong.Load()
+		for k := range f.gave {
+			t.Packets += f.gave[k].packets.Load()
+			t.Bytes += f.gave[k].bytes.Load()
+		}
+		dev, err := netlink.LinkByName(n.dev)
+		if err == nil && dev.Attrs().Statistics != nil {
+			t.Dropped += int64(dev.Attrs().Statistics.TxDropped) // more than the device's own queue held
+		}
+		return err
+	})
+	if err != nil {
+		return Traffic{}, fmt.Errorf("read counters of the %s end: %w", n.name, err)
+	}
+	return t, nil
+}
+
+// qdiscTraffic is what the root qdisc of a device in this thread's namespace has let through.
+func qdiscTraffic(device string) (Traffic, error) {
+	dev, err := netlink.LinkByName(device)
+	if err != nil {
+		return Traffic{}, err
+	}
+	q, err := rootQdisc(dev.Attrs().Index)
+	return Traffic{q.packets, q.bytes - l2Header*q.packets, q.drops}, err
 }
 
 // CPU is the CPU time that this process has spent on forwarding since Open; 0 where
@@ -472,16 +598,14 @@ func (l *Link) Close() error {
 		l.running.Wait()
 		errs = append(errs, os.NewSyscallError("close", unix.Close(l.stop)))
 	}
-	for i, fd := range l.tuns {
-		if fd >= 0 {
-			errs = append(errs, os.NewSyscallError("close", unix.Close(fd)))
-			l.tuns[i] = -1
-		}
+	for _, fd := range l.tuns {
+		errs = append(errs, os.NewSyscallError("close", unix.Close(fd)))
 	}
-	for _, n := range l.ends() {
-		if n != nil {
-			errs = append(errs, n.close())
-		}
+	for _, n := range l.hosts {
+		errs = append(errs, n.close())
+	}
+	if l.hub != nil {
+		errs = append(errs, l.hub.close())
 	}
 	return errors.Join(errs...)
 }

@@ -27,7 +27,7 @@ func Probe(shaper Shaper) (err error) {
 		}
 	case ShaperNone, ShaperNetem:
 		try = func() error {
-			if err := addVeth(destinationDevice, nil); err != nil || shaper == ShaperNone {
+			if err := addVeth(sourceDevice, destinationDevice, nil); err != nil || shaper == ShaperNone {
 				return err
 			}
 			dev, err := netlink.LinkByName(sourceDevice)

@@ -27,7 +27,7 @@ func largeSegment(kind byte, n, mss int) []byte {
 	ip[0], ip[8], ip[9] = 0x45, 64, proto
 	binary.BigEndian.PutUint16(ip[2:], uint16(len(ip)))
 	binary.BigEndian.PutUint16(ip[4:], 0xfffe) // the identification wraps
-	src, dst := sourceAddr().As4(), destinationAddr().As4()
+	src, dst := hostAddr(0).As4(), hostAddr(1).As4()
 	copy(ip[12:], src[:])
 	copy(ip[16:], dst[:])
 	if proto == unix.IPPROTO_TCP {
@@ -201,7 +201,7 @@ func TestForwarder(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f, err := newForwarder(in[1], out[0], stop, p, newLine(Profile{RTT: p.RTT, Rate: p.Rate, QueueBytes: MaxQueue}, 1, 0))
+		f, err := newForwarder(in[1], []int{-1, out[0]}, stop, p, newLine(Profile{RTT: p.RTT, Rate: p.Rate, QueueBytes: MaxQueue}, 1, 0))
 		if err != nil {
 			t.Fatal(err)
 		}

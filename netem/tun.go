@@ -55,20 +55,22 @@ const (
 	coalesce = 20 * time.Microsecond
 )
 
-// piece is what waits in a forwarder: packets [from, to) of the read at off.
+// piece is what waits in a forwarder: packets [from, to) of the read at off, for outs[out].
 type piece struct {
 	depart   int64
 	off      int
 	pkt      packet
 	from, to int
+	out      int
 }
 
-// forwarder carries one direction of a tun link: a thread that reads in, asks line,
-// and writes out in time. Packets stay where they were read, in a ring of bytes
+// forwarder carries what leaves one host of a tun link: a thread that reads in, asks
+// line, and writes to the host that a packet is for in time. Packets stay where they were read, in a ring of bytes
 // outside of the Go heap; nothing is copied and nothing allocated on the way.
 type forwarder struct {
-	in, out, stop int
-	line          *line
+	in, stop  int
+	outs      []int // of all hosts, by number
+	line      *line
 	pieceSegs     int
 
 	arena       []byte
@@ -77,13 +79,16 @@ type forwarder struct {
 	first, held int // of ring
 	scratch     [maxHeaders]byte
 
-	packets, bytes    atomic.Int64 // L3, as segmented, written out
+	gave              []given
 	lost, over, wrong atomic.Int64 // packets
 	tid               atomic.Int64 // of its thread, 0 before it runs and after it ended
 	cpu               atomic.Int64 // ns, once it ended
 }
 
-func newForwarder(in, out, stop int, p Profile, l *line) (*forwarder, error) {
+// given counts what was written out to one host: L3 bytes, and packets as segmented.
+type given struct{ packets, bytes atomic.Int64 }
+
+func newForwarder(in int, outs []int, stop int, p Profile, l *line) (*forwarder, error) {
 	size := int64(unlimitedArena)
 	segs := 1 << 16 // an unlimited rate has nobody wait
 	if p.Rate != 0 {
@@ -102,7 +107,7 @@ func newForwarder(in, out, stop int, p Profile, l *line) (*forwarder, error) {
 	if err != nil {
 		return nil, fmt.Errorf("map %d bytes for packets under way: %w", size, err)
 	}
-	return &forwarder{in: in, out: out, stop: stop, line: l, pieceSegs: segs, arena: arena,
+	return &forwarder{in: in, outs: outs, stop: stop, gave: make([]given, len(outs)), line: l, pieceSegs: segs, arena: arena,
 		ring: make([]piece, min(max(size/64, 1<<12), 1<<16))}, nil
 }
 
@@ -131,7 +136,8 @@ func (f *forwarder) room() (off int, ok bool) {
 // ones that pass, in as few pieces as the line's rate allows.
 func (f *forwarder) take(now int64, off, n int) {
 	p, err := parse(f.arena[off : off+n])
-	if err != nil {
+	out := f.recipient(f.arena[off : off+n])
+	if err != nil || out < 0 {
 		f.wrong.Add(1)
 		return
 	}
@@ -155,7 +161,7 @@ func (f *forwarder) take(now int64, off, n int) {
 				continue
 			}
 			open = &f.ring[(f.first+f.held)%len(f.ring)]
-			*open = piece{off: off, pkt: p, from: i}
+			*open = piece{off: off, pkt: p, from: i, out: out}
 			f.held++
 		}
 		open.depart, open.to = depart, i+1
@@ -167,14 +173,29 @@ func (f *forwarder) take(now int64, off, n int) {
 	}
 }
 
+// recipient is the number of the host that a read is for, -1 where there is none
+// such: the last byte of an IPv4 address counts hosts from 1 (hostAddr).
+func (f *forwarder) recipient(b []byte) int {
+	ip := b[min(vnetLen, len(b)):]
+	if len(ip) < 20 || ip[0]>>4 != 4 {
+		return -1
+	}
+	i := int(ip[19]) - 1
+	if i < 0 || i >= len(f.outs) || f.outs[i] == f.in {
+		return -1
+	}
+	return i
+}
+
 // give writes the front piece out and frees it.
 func (f *forwarder) give() {
 	e := &f.ring[f.first]
+	out := f.outs[e.out]
 	b := f.arena[e.off : e.off+vnetLen+e.pkt.l3]
 	var err error
 	var l3 int
 	if e.to-e.from == e.pkt.segs {
-		_, err = unix.Write(f.out, b)
+		_, err = unix.Write(out, b)
 		l3 = e.pkt.l3 + (e.pkt.segs-1)*e.pkt.headers
 	} else {
 		n := e.pkt.cut(f.scratch[:], b, e.from, e.to)
@@ -182,7 +203,7 @@ func (f *forwarder) give() {
 		iov := [2]unix.Iovec{{Base: &f.scratch[0]}, {Base: &b[lo]}}
 		iov[0].SetLen(n)
 		iov[1].SetLen(hi - lo)
-		_, _, errno := unix.Syscall(unix.SYS_WRITEV, uintptr(f.out), uintptr(unsafe.Pointer(&iov)), 2)
+		_, _, errno := unix.Syscall(unix.SYS_WRITEV, uintptr(out), uintptr(unsafe.Pointer(&iov)), 2)
 		if errno != 0 {
 			err = errno
 		}
@@ -191,8 +212,8 @@ func (f *forwarder) give() {
 	if err != nil { // a device that is down (EIO), or a packet that the kernel refuses
 		f.wrong.Add(int64(e.to - e.from))
 	} else {
-		f.packets.Add(int64(e.to - e.from))
-		f.bytes.Add(int64(l3))
+		f.gave[e.out].packets.Add(int64(e.to - e.from))
+		f.gave[e.out].bytes.Add(int64(l3))
 	}
 	f.first = (f.first + 1) % len(f.ring)
 	f.held--

@@ -113,18 +113,24 @@ const (
 // A round trip is counted as ping does: to the moment the kernel had the answer. The
 // time for which the answering thread held the echo is taken off, so a busy CPU does
 // not pass for a long link. Source: RFC 2681; SO_TIMESTAMPNS in socket(7).
+//
+// Echoes go from the source to the destination, the first of several.
 func (l *Link) Echo(ctx context.Context, n int) (EchoStats, error) {
 	if n < 1 || n > 1000 {
 		return EchoStats{}, fmt.Errorf("%d echoes: %w: must be 1 to 1000", n, ErrInvalid)
 	}
+	return l.echo(ctx, l.src, l.dst, n)
+}
+
+func (l *Link) echo(ctx context.Context, from, to *Namespace, n int) (EchoStats, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	client, err := openUDP(l.src, 20*time.Millisecond)
+	client, err := openUDP(from, 20*time.Millisecond)
 	if err != nil {
 		return EchoStats{}, fmt.Errorf("echo: %w", err)
 	}
 	defer client.close()
-	server, err := openUDP(l.dst, 20*time.Millisecond)
+	server, err := openUDP(to, 20*time.Millisecond)
 	if err != nil {
 		return EchoStats{}, fmt.Errorf("echo: %w", err)
 	}
