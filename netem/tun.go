@@ -71,7 +71,7 @@ type forwarder struct {
 	in, stop  int
 	outs      []int // of all hosts, by number
 	line      *line
-	pieceSegs     int
+	pieceSegs int
 
 	arena       []byte
 	tail        int // end of the newest read; the oldest starts at the front piece's off
