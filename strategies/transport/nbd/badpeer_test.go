@@ -328,7 +328,7 @@ func TestClientHandshakeFields(t *testing.T) {
 			}
 		})
 	}
-	c := open(t, &Transport{}, dialScripts(good), transport.Options{})
+	c := open(t, &Transport{}, dialScripts(good), transport.Options{Connections: 1})
 	if c.Size() != 1<<20 || !c.Export().Allocation {
 		t.Errorf("%+v", c.Export())
 	}
@@ -420,7 +420,7 @@ func TestClientReplyFields(t *testing.T) {
 		"cut in the data":            {structured, read, chunk(structured, true, chunkOffsetData, u64(1000), data)[:77], region.ErrPeerGone},
 	} {
 		t.Run(name, func(t *testing.T) {
-			cl := open(t, &Transport{}, dialScripts(append(greeting(t, c.style), c.in...)), transport.Options{})
+			cl := open(t, &Transport{}, dialScripts(append(greeting(t, c.style), c.in...)), transport.Options{Connections: 1})
 			err := c.do(cl)
 			if !errors.Is(err, c.want) || c.want == nil && err != nil {
 				t.Errorf("got %v, want %v", err, c.want)
@@ -566,7 +566,7 @@ func TestServerStopsReading(t *testing.T) {
 					return plain{b}, nil
 				}
 				return b, nil
-			}), transport.Options{})
+			}), transport.Options{Connections: 1})
 			for range 3 { // the first is cut in the middle; the others must not pile up behind it
 				ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 				start := time.Now()

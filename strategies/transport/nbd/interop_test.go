@@ -515,7 +515,7 @@ func TestInteropClient(t *testing.T) {
 			}
 			return err == nil
 		})
-		c := open(t, &Transport{}, d, transport.Options{})
+		c := open(t, &Transport{}, d, transport.Options{Connections: 1})
 		errs := make(chan error)
 		go func() { errs <- c.ReadAt(testContext(t), make([]byte, 4096), 0) }()
 		waitFor(t, "request in flight", func() bool { return c.conns[0].load.Load() > 0 })
