@@ -77,7 +77,7 @@ func deviceOverhead() Figure {
 				if m[0] == "userfaultfd" {
 					c.Settings = []string{"fault_around=64KiB", "prefetch=sequential"} // as the kernel's read-ahead does for the others
 				}
-				c.Transport, c.Size, c.Budget = transport, 256<<20, 10*time.Second
+				c.Transport, c.Size, c.Budget, c.Floors = transport, 256<<20, 10*time.Second, true
 				if quick {
 					c.Size, c.Budget = 64<<20, 2*time.Second
 				}
