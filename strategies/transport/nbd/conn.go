@@ -88,7 +88,7 @@ func (k *call) slot(off, n uint64) []byte {
 // There is no reader goroutine. Of the callers that wait for replies one leads:
 // it reads the socket, finishes other callers' requests as their replies come,
 // and hands leadership on when its own is finished. A lone caller, such as a
-// page fault, thus wakes from poll(2) straight into its own reply.
+// page fault, thus wakes from recv(2) straight into its own reply.
 type conn struct {
 	l     *link
 	style replyStyle
@@ -400,7 +400,7 @@ func (c *conn) lead(ctx context.Context, own *call) {
 			}
 			c.mu.Unlock()
 		}
-		if err = c.l.await(0); err == errInterrupted {
+		if err = c.l.await(c.limit(), 0); err == errInterrupted {
 			err = nil
 		}
 	}

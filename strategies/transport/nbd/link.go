@@ -3,7 +3,6 @@ package nbd
 import (
 	"context"
 	"crypto/tls"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -34,7 +33,7 @@ var (
 
 // link is the byte stream of one connection, with a read buffer.
 //
-// On a TCP or Unix socket it waits in poll(2) on the reader's own thread, not
+// On a TCP or Unix socket it waits in recv(2) on the reader's own thread, not
 // in Go's network poller: the thread that wakes up is then the one that wants
 // the bytes, which saves a scheduler hand-off (several us) in each round trip.
 // On any other net.Conn (TLS, pipes, wrappers) it reads and writes plainly.
@@ -43,14 +42,14 @@ var (
 type link struct {
 	conn net.Conn        // for plain reads and slow writes: out, or TLS above it
 	out  *tailConn       // the connection as given
-	raw  syscall.RawConn // nil where there is no descriptor to poll
-	wake *os.File        // eventfd that ends a poll; nil without interrupt
+	raw  syscall.RawConn // nil where there is no descriptor to wait on
 
 	buf     []byte
 	r, w    int  // buf[r:w] is read but not consumed
 	drained bool // the last receive took all there was
 
 	interruptible bool
+	interrupted   atomic.Bool
 
 	posted chan error // of the handshake's write, which runs beside its reads
 
@@ -71,7 +70,6 @@ type link struct {
 	writeN                             int
 	writeErr                           unix.Errno
 	writeWait                          int // ms
-	pollFds                            [2]unix.PollFd
 }
 
 // newLink wraps c for the handshake: the deadlines of c hold.
@@ -113,16 +111,12 @@ func (l *link) enterTransmission(interruptible bool) error {
 		own.Close()
 		return err
 	}
-	n := 1
 	if interruptible {
-		fd, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
-		if err != nil {
+		tv := unix.NsecToTimeval(int64(cancelPoll))
+		if err := unix.SetsockoptTimeval(int(own.Fd()), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 			own.Close()
-			return os.NewSyscallError("eventfd", err)
+			return os.NewSyscallError("setsockopt SO_RCVTIMEO", err)
 		}
-		l.wake = os.NewFile(uintptr(fd), "nbd-wake")
-		l.pollFds[1] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
-		n = 2
 	}
 	l.sock, l.raw = own, raw
 	l.out.Conn.Close()
@@ -136,8 +130,8 @@ func (l *link) enterTransmission(interruptible bool) error {
 		return true
 	}
 	l.pollFn = func(fd uintptr) bool {
-		l.pollFds[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
-		l.readN, l.readErr = poll(l.pollFds[:n], l.timeout)
+		p := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+		l.readN, l.readErr = poll(p[:], l.timeout)
 		return true
 	}
 	l.writeFn = func(fd uintptr) bool {
@@ -218,10 +212,10 @@ func (l *link) recvBuf(limit int) error {
 	return err
 }
 
-// await blocks until recv would find something or, where the link cannot poll,
-// until bytes are in the buffer. It returns errInterrupted after interrupt, and
-// os.ErrDeadlineExceeded after timeout (0 is none).
-func (l *link) await(timeout time.Duration) error {
+// await blocks until there is more to read: it receives up to limit bytes into
+// the buffer, or none where recv would now find something. It returns
+// errInterrupted after interrupt, and os.ErrDeadlineExceeded after timeout (0 is none).
+func (l *link) await(limit int, timeout time.Duration) error {
 	if l.raw == nil {
 		if timeout > 0 {
 			if err := l.conn.SetReadDeadline(time.Now().Add(timeout)); err != nil {
@@ -229,7 +223,7 @@ func (l *link) await(timeout time.Duration) error {
 			}
 			defer l.conn.SetReadDeadline(time.Time{})
 		}
-		n, err := l.conn.Read(l.space(readBuffer / 2))
+		n, err := l.conn.Read(l.space(limit))
 		l.w += n
 		if n > 0 {
 			return nil
@@ -240,20 +234,29 @@ func (l *link) await(timeout time.Duration) error {
 		}
 		return err
 	}
-	if l.wake == nil && timeout == 0 { // nothing but bytes can end the wait
-		n, err := l.receive(l.space(readBuffer/2), 0)
-		l.w += n
-		return err
-	}
-	l.timeout = -1
 	if timeout > 0 {
-		l.timeout = int(max(timeout.Milliseconds(), 1))
+		return l.poll(timeout)
 	}
 	for {
-		if err := l.raw.Read(l.pollFn); err != nil {
-			return err
-		}
+		n, err := l.receive(l.space(limit), 0)
+		l.w += n
 		switch {
+		case err != errAgain:
+			return err
+		case l.interrupted.Swap(false):
+			return errInterrupted
+		}
+	}
+}
+
+// poll blocks until recv would find something.
+func (l *link) poll(timeout time.Duration) error {
+	l.timeout = int(max(timeout.Milliseconds(), 1))
+	for {
+		err := l.raw.Read(l.pollFn)
+		switch {
+		case err != nil:
+			return err
 		case l.readErr == unix.EINTR:
 			continue
 		case l.readErr != 0:
@@ -261,28 +264,19 @@ func (l *link) await(timeout time.Duration) error {
 		case l.readN == 0:
 			return os.ErrDeadlineExceeded
 		}
-		break
+		l.drained = false
+		return nil
 	}
-	l.drained = false
-	if l.wake != nil && l.pollFds[1].Revents != 0 {
-		var b [8]byte
-		if _, err := l.wake.Read(b[:]); err != nil {
-			return err
-		}
-		return errInterrupted
-	}
-	return nil
 }
 
-// interrupt ends an await that is under way, or else the next one.
+// interrupt ends an await that is under way, or else the next one; on a socket
+// up to cancelPoll later.
 func (l *link) interrupt() {
 	if l.raw == nil {
 		l.conn.SetReadDeadline(time.Unix(1, 0))
 		return
 	}
-	var b [8]byte
-	binary.NativeEndian.PutUint64(b[:], 1)
-	l.wake.Write(b[:]) // fails only when the link is closed
+	l.interrupted.Store(true)
 }
 
 // need blocks until at least n bytes (at most the buffer's size) are buffered.
@@ -291,7 +285,7 @@ func (l *link) need(n int, timeout time.Duration) error {
 	for l.w-l.r < n {
 		err := l.recvBuf(len(l.buf))
 		if err == errAgain {
-			err = l.await(timeout)
+			err = l.await(readBuffer/2, timeout)
 		}
 		if err != nil {
 			return err
@@ -308,7 +302,7 @@ func (l *link) readFull(p []byte, timeout time.Duration) error {
 		var err error
 		n, err = l.recv(p)
 		if err == errAgain {
-			if err = l.await(timeout); err == nil {
+			if err = l.await(readBuffer/2, timeout); err == nil {
 				n = copy(p, l.buffered())
 				l.consume(n)
 			}
@@ -434,7 +428,7 @@ func (l *link) sendSlow(ctx context.Context, bufs [][]byte, begun bool) error {
 	return nil
 }
 
-// cancelPoll is how often a sender that the peer keeps waiting looks at its context.
+// cancelPoll is how often who waits for the peer looks at its context.
 const cancelPoll = 10 * time.Millisecond
 
 func (l *link) sendSlowRaw(ctx context.Context, bufs [][]byte, begun bool) error {
@@ -507,9 +501,6 @@ func (l *link) close() {
 	if l.raw != nil {
 		l.raw.Control(func(fd uintptr) { unix.Shutdown(int(fd), unix.SHUT_RDWR) })
 		l.sock.Close() // takes effect once poll and recv have left it
-	}
-	if l.wake != nil {
-		l.wake.Close()
 	}
 }
 
