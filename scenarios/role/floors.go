@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -235,20 +236,31 @@ func serveYard(c net.Conn) {
 }
 
 // blocking runs f on a locked thread with a blocking descriptor of the
-// connection: raw sockets, without the Go poller.
+// connection, which it closes: raw sockets, out of the Go poller, in which each
+// arrival would wake another thread, on a CPU that is being measured.
 func blocking(c net.Conn, f func(fd int) error) error {
 	t, ok := c.(*net.TCPConn)
 	if !ok {
 		return errors.New("not a TCP connection")
 	}
-	file, err := t.File() // a duplicate, in blocking mode
+	raw, err := t.SyscallConn()
 	if err != nil {
 		return err
 	}
-	defer file.Close()
+	fd, dupErr := -1, error(nil)
+	if err := raw.Control(func(old uintptr) { fd, dupErr = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
+		return err
+	}
+	if dupErr != nil {
+		return os.NewSyscallError("fcntl", dupErr)
+	}
+	defer unix.Close(fd)
+	c.Close()
+	if err := unix.SetNonblock(fd, false); err != nil {
+		return os.NewSyscallError("fcntl", err)
+	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	fd := int(file.Fd())
 	tv := unix.Timeval{Sec: 120}
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 		return err

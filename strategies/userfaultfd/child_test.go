@@ -542,15 +542,19 @@ func (source) do(q request, _ *os.File) (a reply, out *os.File) {
 	return reply{Addr: l.Addr().String()}, nil
 }
 
-// rawSocket returns c's blocking descriptor, outside the network poller.
+// rawSocket returns c's descriptor, blocking and out of the network poller.
 func rawSocket(c net.Conn) (int, func()) {
-	f, err := c.(*net.TCPConn).File()
+	raw, err := c.(*net.TCPConn).SyscallConn()
 	if err != nil {
 		panic(err)
 	}
+	fd := -1
+	if cerr := raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }); err != nil || cerr != nil {
+		panic(errors.Join(err, cerr))
+	}
 	c.Close()
-	_ = unix.SetNonblock(int(f.Fd()), false)
-	return int(f.Fd()), func() { f.Close() }
+	_ = unix.SetNonblock(fd, false)
+	return fd, func() { unix.Close(fd) }
 }
 
 func transfer(trap uintptr, fd int, p []byte) bool {
