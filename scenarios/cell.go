@@ -202,7 +202,12 @@ func (c *Cell) Resolve() error {
 	case c.fileSystem() != "none" && (c.Op != "read" || c.Input != ""):
 		return usage("file_system goes with --op read only, and without --input")
 	}
-	if _, ok := st.(strategies.Publisher); c.Op == OpSync && (!ok && !(program && info.Can(strategies.Follows)) || c.Transport == "local") {
+	if err := c.checkFanOut(); err != nil {
+		return err
+	}
+	if c.Op == OpSync && c.params.TextOr("topology", strategies.TopologyDirect) != strategies.TopologyDirect && !info.Can(strategies.Relays) {
+		opErr = fmt.Errorf("strategy %s, topology %s: its destinations serve no others: %w", c.Strategy, c.params.Text("topology"), region.ErrNotSupported)
+	} else if _, ok := st.(strategies.Publisher); c.Op == OpSync && (!ok && !(program && info.Can(strategies.Follows)) || c.Transport == "local") {
 		opErr = fmt.Errorf("strategy %s, transport %s: no destination follows a writer at the source: %w", c.Strategy, c.Transport, region.ErrNotSupported)
 	} else if c.Op != "read" && c.Op != OpSync && !info.Can(strategies.Writes) {
 		opErr = fmt.Errorf("strategy %s does not write back: %w", c.Strategy, region.ErrNotSupported)

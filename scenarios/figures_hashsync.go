@@ -7,9 +7,9 @@ import (
 	"memsync/results"
 )
 
-// hashsyncFigures are those of hashing and of deltas: benchmarks N01 to N04.
+// hashsyncFigures are those of hashing, deltas and fan-out: benchmarks N01 to N04 and N21.
 func hashsyncFigures() []Figure {
-	return []Figure{hashAlgorithms(), hashWorkers(), dirtyDetection(), pollInterval(), deltaVersusRsync()}
+	return []Figure{hashAlgorithms(), hashWorkers(), dirtyDetection(), pollInterval(), deltaVersusRsync(), fanout()}
 }
 
 // syncCell is a cell of op sync on a link that does not bind, unless link says otherwise.
@@ -195,6 +195,48 @@ func deltaVersusRsync() Figure {
 						c.Link.RTT, c.Link.Rate = 20*time.Millisecond, 100_000_000
 					}
 					cells = append(cells, c, r)
+				}
+			}
+			return cells
+		},
+	}
+}
+
+func fanout() Figure {
+	spec := func(name, label string, y results.Axis) results.FigureSpec {
+		return results.FigureSpec{
+			Name: name, Figure: "fanout", Title: "One source, several destinations: " + label, Kind: results.FigureLine,
+			X: results.Axis{Column: "params.destinations", Label: "Destinations"}, Y: y,
+			Keys: []string{"strategy", "params.topology"},
+			Series: []results.FigureSeries{{Key: "hashsync/direct", Label: "hashsync, direct"}, {Key: "hashsync/hub", Label: "hashsync, hub"},
+				{Key: "hashsync/chain", Label: "hashsync, chain"}, {Key: "rsync/direct", Label: "rsync, each from the source"}},
+			Note: "Each host has a link of 100 Mbit/s, 10 ms RTT between any two; a tenth of the pages changes. rsync: memsync-peers run fanout.",
+		}
+	}
+	mb := func(column string) results.Axis {
+		return results.Axis{Column: column, Label: "Bytes a round", Unit: "MB", Scale: 1e-6}
+	}
+	return Figure{
+		Spec: spec("fanout", "time until the last one has the round", results.Axis{Column: "last_equal_time", Label: "Time", Unit: "s"}),
+		More: []results.FigureSpec{spec("fanout-first", "time until the first one has the round", results.Axis{Column: "first_equal_time", Label: "Time", Unit: "s"}),
+			spec("fanout-source", "what the source sends", mb("round_tx_bytes")), spec("fanout-busiest", "what the busiest host sends", mb("round_tx_bytes_max")),
+			spec("fanout-open", "opening, until the last one has all of it", results.Axis{Column: "open_latency", Label: "Time", Unit: "s"})},
+		Variants: []string{Network},
+		Cells: func(_ string, quick bool) []*Cell {
+			size, counts := int64(16<<20), []int{1, 2, 4, 8, 16}
+			if quick {
+				size, counts = 2<<20, []int{1, 2, 4, 8}
+			}
+			var cells []*Cell
+			for _, n := range counts {
+				for _, topology := range []string{"direct", "hub", "chain", "rsync"} {
+					shape := []string{fmt.Sprintf("destinations=%d", n), "dirty_fraction=0.1", "pulses=0"}
+					c := syncCell("fanout", size, append([]string{"dirty=pagemap", "topology=" + topology}, shape...)...)
+					if topology == "rsync" {
+						c.Strategy, c.Peer, c.Settings = "rsync", true, append([]string{"block=64KiB", "topology=direct"}, shape...)
+					}
+					c.Link.RTT, c.Link.Rate = 10*time.Millisecond, 100_000_000
+					cells = append(cells, c)
 				}
 			}
 			return cells

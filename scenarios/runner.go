@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -112,6 +113,7 @@ type linkKey struct {
 	shaper  netem.Shaper
 	profile netem.Profile
 	cc      string
+	hosts   int
 }
 
 type floorKey struct {
@@ -175,7 +177,7 @@ func (r *Runner) link(ctx context.Context, c *Cell) (*link, error) {
 		return l, l.err
 	}
 	l := &link{}
-	l.Link, l.err = netem.Open(ctx, k.shaper, k.profile, netem.Options{Seed: r.Seed, Congestion: k.cc})
+	l.Link, l.err = netem.Open(ctx, k.shaper, k.profile, netem.Options{Seed: r.Seed, Congestion: k.cc, Hosts: k.hosts})
 	if l.err == nil {
 		r.logf("calibrating the link: %s, RTT %v, rate %s", k.shaper, k.profile.RTT, rateText(k.profile.Rate))
 		if l.calibration, l.err = l.Calibrate(ctx); l.err != nil {
@@ -200,7 +202,7 @@ func rateText(rate int64) string {
 }
 
 func (c *Cell) linkKey() linkKey {
-	k := linkKey{shaper: c.Shaper, profile: c.Link}
+	k := linkKey{shaper: c.Shaper, profile: c.Link, hosts: 1 + c.destinations()}
 	if c.params.Has("congestion") {
 		k.cc = c.params.Text("congestion")
 	}
@@ -269,7 +271,7 @@ func (r *Runner) Run(ctx context.Context, it Item) (o Outcome) {
 	// A link at 100 % loss or a hung process must not hold the sweep.
 	limit := margin + it.Cell.Budget + 20*it.Cell.Link.RTT
 	if it.Cell.Op == OpSync && it.Cell.Link.Rate > 0 {
-		limit += time.Duration(float64(1+it.Cell.params.Int("sync_rounds")) * float64(it.Cell.Size*8) / float64(it.Cell.Link.Rate) * 1e9)
+		limit += time.Duration(float64(1+it.Cell.params.Int("sync_rounds")) * float64(int64(it.Cell.destinations())*it.Cell.Size*8) / float64(it.Cell.Link.Rate) * 1e9)
 	}
 	if it.Cell.Op != "read" && it.Cell.Link.Rate > 0 { // Sync moves what was written
 		limit += time.Duration(float64(it.Cell.Size*8) / float64(it.Cell.Link.Rate) * 2e9)
@@ -324,7 +326,8 @@ type run struct {
 	service *backend.Service // nil where the backend has none
 
 	source, daemon, workload *role.Process
-	writer                   *role.Process // op sync: the workload at the source
+	writer                   *role.Process  // op sync: the workload at the source
+	others                   []*destination // op sync: those beside daemon and workload
 }
 
 func (r *run) do(ctx context.Context) error {
@@ -383,10 +386,13 @@ func (r *run) inFolder(ctx context.Context) (err error) {
 	for _, p := range r.processes() {
 		p.Watch(watched, cancel)
 	}
+	for _, d := range r.others {
+		d.watch(watched, cancel)
+	}
 	setup := r.cell.setup(r.seed, dir)
 	setup.Backend.Service = r.service
 	if r.cell.Op == OpSync {
-		err = r.measureSync(watched, setup)
+		err = r.measureSync(watched, setup, cancel)
 	} else {
 		err = r.measure(watched, setup, r.cell.work(r.seed, dir))
 	}
@@ -468,7 +474,23 @@ func (r *run) start(ctx context.Context) error {
 	}
 	begin(&r.daemon, role.Daemon, (*netem.Link).Destination)
 	begin(&r.workload, role.Workload, (*netem.Link).Destination)
+	for i := 1; i < r.cell.destinations(); i++ {
+		d := &destination{host: r.link.Hosts()[1+i]}
+		r.others = append(r.others, d)
+		host := func(*netem.Link) *netem.Namespace { return d.host }
+		begin(&d.daemon, role.Daemon, host)
+		begin(&d.workload, role.Workload, host)
+	}
 	return g.Wait()
+}
+
+// workloads are those of all destinations.
+func (r *run) workloads() []*role.Process {
+	all := []*role.Process{r.workload}
+	for _, d := range r.others {
+		all = append(all, d.workload)
+	}
+	return all
 }
 
 // stop ends the processes: the workload first, since only it can be waiting for
@@ -477,20 +499,26 @@ func (r *run) start(ctx context.Context) error {
 // waits beyond the reach of signals.
 func (r *run) stop(ctx context.Context, failed bool) error {
 	var errs []error
+	workloads, daemons := append(r.workloads(), r.writer), []*role.Process{r.daemon}
+	for _, d := range r.others {
+		daemons = append(daemons, d.daemon)
+	}
 	if failed {
-		for _, p := range []*role.Process{r.writer, r.workload} {
+		for _, p := range workloads {
 			if p != nil {
 				p.Kill()
 			}
 		}
-		if r.daemon != nil {
-			errs = append(errs, r.daemon.Stop(ctx))
+		for _, p := range daemons {
+			if p != nil {
+				errs = append(errs, p.Stop(ctx))
+			}
 		}
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithCancel(ctx)
 		cancel()
 	}
-	for _, p := range []*role.Process{r.writer, r.workload, r.daemon, r.source} {
+	for _, p := range slices.Concat(workloads, daemons, []*role.Process{r.source}) {
 		if p != nil {
 			errs = append(errs, p.Stop(ctx))
 		}
@@ -498,7 +526,7 @@ func (r *run) stop(ctx context.Context, failed bool) error {
 	return errors.Join(errs...)
 }
 
-// processes returns those that run, by name.
+// processes returns those that run, by name; of several destinations the first's.
 func (r *run) processes() map[string]*role.Process {
 	m := map[string]*role.Process{"daemon": r.daemon, "workload": r.workload}
 	if r.source != nil {
@@ -735,7 +763,9 @@ func (r *run) stats(s strategies.Stats) {
 	}
 	v["payload_bytes"] = float64(s.DemandBytes + s.PrefetchBytes + s.PushBytes)
 	for name, n := range s.Extra {
-		v[name] = float64(n)
+		if name != strategies.EqualAt {
+			v[name] = float64(n)
+		}
 	}
 	if done := v["bytes_done"]; done > 0 && r.cell.Op == "write" {
 		v["read_per_written"] = float64(s.DemandBytes+s.PrefetchBytes) / done

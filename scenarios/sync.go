@@ -2,6 +2,7 @@ package scenarios
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -18,7 +19,9 @@ import (
 // the destination follows. First the whole region (open_latency), then rounds
 // that are asked for (total_time), then pulses while the source polls (staleness).
 // docs/role-protocol.md has the sequence.
-func (r *run) measureSync(ctx context.Context, setup role.Setup) error {
+//
+// ended is told when a process that it starts ends too early.
+func (r *run) measureSync(ctx context.Context, setup role.Setup, ended func(error)) error {
 	c, v := r.cell, r.out.Values
 	if r.link == nil {
 		return usage("op sync needs a link: a transport other than local")
@@ -44,6 +47,7 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup) error {
 	if r.writer, err = role.Start(ctx, role.Workload, place[role.Workload], r.link.Source()); err != nil {
 		return err
 	}
+	r.writer.Watch(ctx, ended)
 
 	// Before any clock.
 	var at role.Listening
@@ -51,7 +55,9 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup) error {
 	writes := work
 	writes.Via = c.Via
 	g.Go(func() error { _, err := r.writer.Ask(ctx, "ready", writes, nil); return err })
-	g.Go(func() error { _, err := r.workload.Ask(ctx, "ready", work, nil); return err })
+	for _, p := range r.workloads() {
+		g.Go(func() error { _, err := p.Ask(ctx, "ready", work, nil); return err })
+	}
 	g.Go(func() error { _, err := r.source.Ask(ctx, "open", setup, nil); return err })
 	if err := g.Wait(); err != nil {
 		return err
@@ -73,19 +79,20 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup) error {
 	}
 
 	// Open: the whole region.
-	var m role.Mounted
-	files, err = r.daemon.Ask(ctx, "mount", role.MountArgs{Setup: setup, Source: at.Region}, &m)
-	if err != nil {
+	f := r.fan(setup, at.Region)
+	n := len(f.all)
+	if c.params.Text("event") == strategies.EventLate {
+		n--
+	}
+	if err := f.openFirst(ctx, n); err != nil {
 		return err
 	}
-	var usable role.Attached
-	_, err = r.workload.Ask(ctx, "attach", m.Attachment, &usable, files...)
-	closeFiles(files)
-	if err != nil {
-		return err
+	from, to := f.all[0].start, f.all[0].usable
+	for _, d := range f.all[:n] {
+		from, to = min(from, d.start), max(to, d.usable)
 	}
-	v["open_latency"] = seconds(usable.Usable - m.Start)
-	v["preemptive_pull_bytes"] = float64(m.Stats.PreemptiveBytes)
+	v["open_latency"] = seconds(to - from)
+	v["preemptive_pull_bytes"] = float64(f.all[0].stats.PreemptiveBytes)
 
 	// Rounds that are asked for: the source does not look by itself.
 	if err := r.poll(ctx, false); err != nil {
@@ -96,48 +103,20 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup) error {
 		return err
 	}
 	rounds := c.params.Int("sync_rounds")
-	var took, tx, rx, detection, stores []float64
+	var t syncTimes
 	for n := 1; n <= rounds; n++ {
-		var wrote role.Times
-		if _, err := r.writer.Ask(ctx, "dirty", role.SyncArgs{Work: work, Round: uint64(n)}, &wrote); err != nil {
-			return err
-		}
-		stores = append(stores, seconds(wrote.End-wrote.Begin))
-		if err := r.drain(ctx); err != nil {
-			return err
-		}
-		w0, err := r.link.Counters()
-		if err != nil {
-			return err
-		}
-		start := monotonic()
-		if _, err := r.source.Ask(ctx, "sync", struct{}{}, nil); err != nil {
-			return fmt.Errorf("round %d: %w", n, r.trouble(ctx, err))
-		}
-		if _, err := r.daemon.Ask(ctx, "sync", struct{}{}, nil); err != nil { // where the destination asks the source
+		if err := f.round(ctx, work, n, &t); err != nil {
 			return fmt.Errorf("round %d: %w", n, err)
 		}
-		took = append(took, seconds(monotonic()-start))
-		var s strategies.Stats
-		if _, err := r.source.Ask(ctx, "stats", struct{}{}, &s); err != nil {
-			return err
-		}
-		detection = append(detection, seconds(s.Extra["detection_ns"]))
-		w1, err := r.link.Counters()
-		if err != nil {
-			return err
-		}
-		tx = append(tx, float64(w1.SourceTx.Bytes-w0.SourceTx.Bytes))
-		rx = append(rx, float64(w1.DestinationTx.Bytes-w0.DestinationTx.Bytes))
 	}
-	v["total_time"], v["round_tx_bytes"], v["round_rx_bytes"] = median(took), median(tx), median(rx)
+	t.record(v)
 	after, err := r.counters(ctx)
 	if err != nil {
 		return err
 	}
 	r.spent(before, after)
-	v["store_time"] = median(stores)
-	if d := median(detection); d > 0 {
+	v["store_time"] = median(t.stores)
+	if d := median(t.detection); d > 0 {
 		v["detection_time"] = d
 		var read role.Bandwidth
 		if _, err := r.source.Ask(ctx, "bandwidth", struct{}{}, &read); err != nil {
@@ -153,8 +132,8 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup) error {
 		work.Pulses = 0
 	}
 	if work.Pulses > 0 {
-		if err := r.pulses(ctx, interval); err != nil {
-			return r.trouble(ctx, err)
+		if err := f.pulses(ctx, interval); err != nil {
+			return f.trouble(ctx, err)
 		}
 	}
 
@@ -162,13 +141,14 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup) error {
 	if err := r.poll(ctx, false); err != nil {
 		return err
 	}
-	if _, err := r.source.Ask(ctx, "sync", struct{}{}, nil); err != nil {
-		return r.trouble(ctx, err)
-	}
-	if _, err := r.daemon.Ask(ctx, "sync", struct{}{}, nil); err != nil {
+	if _, _, err := f.sync(ctx); err != nil {
 		return err
 	}
-	if _, err := r.workload.Ask(ctx, "equal", map[string]int{"rounds": rounds, "pulses": work.Pulses}, nil); err != nil {
+	err = f.each(func(d *destination) error {
+		_, err := d.workload.Ask(ctx, "equal", map[string]int{"rounds": rounds, "pulses": work.Pulses}, nil)
+		return err
+	})
+	if err != nil {
 		return err
 	}
 	r.out.Verified = true
@@ -178,12 +158,10 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup) error {
 	}
 	delete(s.Extra, "detection_ns")
 	r.stats(s)
-	for _, p := range []*role.Process{r.writer, r.workload} {
-		if _, err := p.Ask(ctx, "detach", struct{}{}, nil); err != nil {
-			return err
-		}
+	if _, err := r.writer.Ask(ctx, "detach", struct{}{}, nil); err != nil {
+		return err
 	}
-	if _, err := r.daemon.Ask(ctx, "unmount", struct{}{}, nil); err != nil {
+	if err := f.close(ctx); err != nil {
 		return err
 	}
 	end, err := r.link.Counters()
@@ -218,39 +196,107 @@ func (r *run) poll(ctx context.Context, on bool) error {
 	return err
 }
 
-// trouble adds what the daemon knows of an error.
-func (r *run) trouble(ctx context.Context, err error) error {
-	var why role.Trouble
-	if _, askErr := r.daemon.Ask(ctx, "trouble", struct{}{}, &why); askErr == nil && why.Text != "" {
-		return fmt.Errorf("%w; the daemon says: %s", err, why.Text)
-	}
-	return err
+// syncTimes are what the rounds of a run took and sent.
+type syncTimes struct {
+	took, first, last       []float64 // s
+	tx, rx, busiest, others []float64 // B
+	detection, stores       []float64 // s
+	event, eventOthers      []float64 // s, of rounds in which something happened
 }
 
-// pulses measures staleness, and what polling costs.
-func (r *run) pulses(ctx context.Context, interval time.Duration) error {
-	v := r.out.Values
-	before, err := r.counters(ctx)
+// round has the writer change the region, and measures until all destinations have it.
+func (f *fan) round(ctx context.Context, work role.SyncWork, n int, t *syncTimes) error {
+	var wrote role.Times
+	if _, err := f.writer.Ask(ctx, "dirty", role.SyncArgs{Work: work, Round: uint64(n)}, &wrote); err != nil {
+		return err
+	}
+	t.stores = append(t.stores, seconds(wrote.End-wrote.Begin))
+	if err := f.drain(ctx); err != nil {
+		return err
+	}
+	w0, err := f.link.Counters()
 	if err != nil {
 		return err
 	}
-	if err := r.poll(ctx, true); err != nil {
+	s0, err := f.sent()
+	if err != nil {
+		return err
+	}
+	end, happened := f.happens(ctx, n)
+	start, took, err := f.sync(ctx)
+	if err := errors.Join(err, end()); err != nil {
+		return err
+	}
+	w1, err := f.link.Counters()
+	if err != nil {
+		return err
+	}
+	s1, err := f.sent()
+	if err != nil {
+		return err
+	}
+	var s strategies.Stats
+	if _, err := f.run.source.Ask(ctx, "stats", struct{}{}, &s); err != nil {
+		return err
+	}
+	t.detection = append(t.detection, seconds(s.Extra["detection_ns"]))
+	if happened {
+		_, others := f.spread(start, f.last())
+		t.event, t.eventOthers = append(t.event, took), append(t.eventOthers, others)
+		return nil
+	}
+	first, last := f.spread(start)
+	t.took, t.first, t.last = append(t.took, took), append(t.first, first), append(t.last, last)
+	tx := float64(w1.SourceTx.Bytes - w0.SourceTx.Bytes)
+	busiest, others := tx, 0.0
+	for i := range s1 {
+		b := float64(s1[i] - s0[i])
+		busiest, others = max(busiest, b), others+b
+	}
+	t.tx, t.rx = append(t.tx, tx), append(t.rx, float64(w1.DestinationTx.Bytes-w0.DestinationTx.Bytes))
+	t.busiest, t.others = append(t.busiest, busiest), append(t.others, others)
+	return nil
+}
+
+// record writes the medians over the rounds.
+func (t *syncTimes) record(v map[string]float64) {
+	v["total_time"], v["round_tx_bytes"], v["round_rx_bytes"] = median(t.took), median(t.tx), median(t.rx)
+	v["first_equal_time"], v["last_equal_time"] = median(t.first), median(t.last)
+	v["round_tx_bytes_max"], v["round_tx_bytes_others"] = median(t.busiest), median(t.others)
+	if len(t.event) > 0 {
+		v["event_round_time"], v["event_others_time"] = slices.Max(t.event), slices.Max(t.eventOthers)
+	}
+}
+
+// pulses measures staleness at the last destination, and what polling costs.
+func (f *fan) pulses(ctx context.Context, interval time.Duration) error {
+	v, at := f.out.Values, f.all[0]
+	for _, d := range f.all {
+		if d.open {
+			at = d
+		}
+	}
+	before, err := f.counters(ctx)
+	if err != nil {
+		return err
+	}
+	if err := f.poll(ctx, true); err != nil {
 		return err
 	}
 	var wrote, saw role.Times
 	var g errgroup.Group
 	start := time.Now()
-	g.Go(func() error { _, err := r.writer.Ask(ctx, "pulse", struct{}{}, &wrote); return err })
+	g.Go(func() error { _, err := f.writer.Ask(ctx, "pulse", struct{}{}, &wrote); return err })
 	g.Go(func() error {
-		patience := r.cell.Budget + 20*interval + 20*r.cell.Link.RTT + 5*time.Second
-		_, err := r.workload.Ask(ctx, "watch", map[string]time.Duration{"patience": patience}, &saw)
+		patience := f.cell.Budget + 20*interval + 20*f.cell.Link.RTT + 5*time.Second
+		_, err := at.workload.Ask(ctx, "watch", map[string]time.Duration{"patience": patience}, &saw)
 		return err
 	})
 	if err := g.Wait(); err != nil {
 		return err
 	}
 	length := time.Since(start).Seconds()
-	after, err := r.counters(ctx)
+	after, err := f.counters(ctx)
 	if err != nil {
 		return err
 	}

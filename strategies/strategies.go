@@ -34,6 +34,7 @@ const (
 	LocalOnly Capability = "local"    // a baseline: the data is on this host, no link
 	Prefetch  Capability = "prefetch" // moves bytes before they are asked for
 	Copies    Capability = "copy"     // reads all of the source before a workload can attach
+	Relays    Capability = "relay"    // a destination can serve others (Relay)
 )
 
 // Info describes a strategy. It is plain data, equal on every machine.
@@ -198,12 +199,31 @@ type PublishOptions struct {
 	Params param.Values // validated against Info.Params
 }
 
+// Topologies of op sync: whom a destination follows.
+const (
+	TopologyDirect = "direct" // the source
+	TopologyHub    = "hub"    // the first destination, which follows the source (star)
+	TopologyChain  = "chain"  // the destination before it
+)
+
+// Events of op sync: what the last of several destinations does in the middle round.
+const (
+	EventNone    = "none"
+	EventLate    = "late"    // opens then, and not at the beginning
+	EventSlow    = "slow"    // is stopped four fifths of the time
+	EventDies    = "dies"    // is killed
+	EventReturns = "returns" // is killed, and opens again in the round after
+)
+
 // SyncParams are what a writer at the source does, for --op sync.
 func SyncParams() []param.Spec {
 	return []param.Spec{
 		{Name: "dirty_fraction", Kind: param.KindFloat, Default: "0.01", Doc: "of the region that the writer changes between two rounds, 0 to 1"},
 		{Name: "dirty_pattern", Kind: param.KindEnum, Default: "scattered", Values: []string{"scattered", "clustered", "insert"}, Doc: "pages anywhere, pages in one run, or bytes inserted, which move all behind them"},
 		{Name: "sync_rounds", Kind: param.KindInt, Default: "3", Min: 1, Max: 1000, Doc: "rounds that are timed in one run; total_time is their median"},
+		{Name: "destinations", Kind: param.KindInt, Default: "1", Min: 1, Max: 16, Doc: "hosts that follow the source, each with a link of its own"},
+		{Name: "topology", Kind: param.KindEnum, Default: TopologyDirect, Values: []string{TopologyDirect, TopologyHub, TopologyChain}, Doc: "whom a destination follows: the source; the first destination; the one before it"},
+		{Name: "event", Kind: param.KindEnum, Default: EventNone, Values: []string{EventNone, EventLate, EventSlow, EventDies, EventReturns}, Doc: "what the last destination does in the middle round: opens only then, gets a fifth of its CPU time, is killed, is killed and opens again a round later"},
 		{Name: "pulses", Kind: param.KindInt, Default: "50", Max: 100000, Doc: "writes whose staleness is measured while the source polls; 0 is none"},
 	}
 }
@@ -239,6 +259,13 @@ type FaultServer interface {
 	ServeFaults(uffd *os.File, base uintptr) error
 }
 
+// Relay is what a Mount may also be: a destination that hands the region on to
+// others, in place of the source (topologies hub and chain). Serve answers a
+// connection of one, as Strategy.Serve; the mount outlives it.
+type Relay interface {
+	Serve(ctx context.Context, conn net.Conn) error
+}
+
 // Troubled is what a Mount may also be: one that knows the latest error behind
 // an EIO or SIGBUS, of which the workload only got a number. It is nil where
 // there was none.
@@ -254,6 +281,10 @@ type Stats struct {
 	PreemptiveBytes                 int64            // local when Mount returned
 	Extra                           map[string]int64 `json:",omitempty"` // a strategy's own counters, by metric name
 }
+
+// EqualAt is the name in Stats.Extra of when a destination became equal to the
+// source last: CLOCK_MONOTONIC, ns.
+const EqualAt = "equal_at_ns"
 
 // Registry is a set of strategies by name, in a fixed order.
 type Registry []Strategy

@@ -32,6 +32,7 @@ func TestMain(m *testing.M) {
 //	report N STATUS [KEY=VALUE...]  stdout is the object of measure --json, valid by its
 //	                            schema, with N runs of that status;
 //	                            each cell.KEY is VALUE
+//	metric NAME LOW HIGH        stdout is such an object; in every run the metric lies between
 //	lines N FILE                the file has N lines
 //	awaits FILE                 until the file is there
 func TestScripts(t *testing.T) {
@@ -56,6 +57,19 @@ func TestScripts(t *testing.T) {
 			},
 			"report": func(ts *testscript.TestScript, _ bool, args []string) {
 				ts.Check(checkReport(schema, ts.ReadFile("stdout"), args[0], args[1], args[2:]))
+			},
+			"metric": func(ts *testscript.TestScript, _ bool, args []string) {
+				o, err := jsonObject(schema, ts.ReadFile("stdout"))
+				ts.Check(err)
+				low, err := strconv.ParseFloat(args[1], 64)
+				ts.Check(err)
+				high, err := strconv.ParseFloat(args[2], 64)
+				ts.Check(err)
+				for i, run := range o.Runs {
+					if m, ok := run.Metrics[args[0]]; !ok || m.Value < low || m.Value > high {
+						ts.Fatalf("run %d: %s is %v (there: %t), want %v to %v", i+1, args[0], m.Value, ok, low, high)
+					}
+				}
 			},
 			"awaits": func(ts *testscript.TestScript, _ bool, args []string) {
 				for end := time.Now().Add(patience); ; time.Sleep(time.Millisecond) {
@@ -90,6 +104,7 @@ type object struct {
 	Runs []struct {
 		Status, Error string
 		Verified      bool
+		Metrics       map[string]struct{ Value float64 }
 	}
 }
 

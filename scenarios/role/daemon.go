@@ -37,11 +37,14 @@ type daemon struct {
 	known strategies.Registry
 	local region.Store // with transport local
 	mount strategies.Mount
+
+	acceptor // op sync: of destinations behind this one
+	stop     context.CancelFunc
 }
 
 func (d *daemon) ops() map[string]handler {
 	return map[string]handler{
-		"hold": on(d.hold), "mount": d.doMount, "faults": d.faults,
+		"hold": on(d.hold), "mount": d.doMount, "faults": d.faults, "relay": on(d.relay),
 		"sync":     on(func(ctx context.Context, _ none) (none, error) { return none{}, d.mount.Sync(ctx) }),
 		"stats":    on(func(context.Context, none) (strategies.Stats, error) { return d.mount.Stats(), nil }),
 		"verify":   on(func(ctx context.Context, a verifyArgs) (Verified, error) { return verifyStore(ctx, d.local, a) }),
@@ -179,9 +182,29 @@ func (d *daemon) faults(_ context.Context, body json.RawMessage, files []*os.Fil
 	return none{}, nil, s.ServeFaults(files[0], a.Base)
 }
 
+// relay answers other destinations from here on.
+func (d *daemon) relay(_ context.Context, a listenArgs) (l Listening, err error) {
+	m, ok := d.mount.(strategies.Relay)
+	if !ok {
+		return l, fmt.Errorf("this mount serves no other destinations: %w", region.ErrNotSupported)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	d.stop = cancel
+	l.Region, err = d.accept(ctx, Daemon, a.Addr, func(c net.Conn) {
+		if err := m.Serve(ctx, c); err != nil && ctx.Err() == nil {
+			fmt.Fprintln(os.Stderr, "daemon: serve:", err)
+		}
+	})
+	return l, err
+}
+
 func (d *daemon) unmount(ctx context.Context, _ none) (_ none, err error) {
+	if d.stop != nil {
+		d.stop()
+		err = d.acceptor.close()
+	}
 	if d.mount != nil {
-		err = d.mount.Close(ctx)
+		err = errors.Join(err, d.mount.Close(ctx))
 	}
 	return none{}, err
 }

@@ -242,6 +242,9 @@ func (p *Process) Watch(ctx context.Context, ended func(error)) {
 	go func() {
 		select {
 		case <-p.done:
+			if ctx.Err() != nil { // both: its end was meant
+				return
+			}
 			ended(fmt.Errorf("%s ended (%v)%s: %w", p.Role, p.cmd.ProcessState, p.tail, region.ErrPeerGone))
 		case <-ctx.Done():
 		}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"sync"
 
 	"memsync/strategies"
 	"memsync/strategies/all"
@@ -56,10 +55,7 @@ type source struct {
 	store region.Store
 	setup Setup
 
-	mu          sync.Mutex
-	conns       map[net.Conn]bool
-	wg          sync.WaitGroup
-	ls          []net.Listener
+	acceptor
 	publication strategies.Publication // op sync; nil else
 	own         strategies.Server      // the strategy's own program; nil where it has none
 	stop        context.CancelFunc
@@ -104,11 +100,10 @@ func (s *source) listen(_ context.Context, a listenArgs) (l Listening, err error
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	s.stop = cancel
-	s.conns = map[net.Conn]bool{}
 	if l.Region, err = s.serve(ctx, st, a.Addr, params); err != nil {
 		return l, err
 	}
-	l.Yard, err = s.accept(ctx, a.Addr, serveYard)
+	l.Yard, err = s.accept(ctx, Source, a.Addr, serveYard)
 	return l, err
 }
 
@@ -125,7 +120,7 @@ func (s *source) serve(ctx context.Context, st strategies.Strategy, host string,
 		return s.own.Addr(), nil
 	}
 	if p := s.publication; p != nil {
-		return s.accept(ctx, host, func(c net.Conn) {
+		return s.accept(ctx, Source, host, func(c net.Conn) {
 			if err := p.Serve(ctx, c); err != nil && ctx.Err() == nil {
 				fmt.Fprintln(os.Stderr, "source: serve:", err)
 			}
@@ -137,46 +132,11 @@ func (s *source) serve(ctx context.Context, st strategies.Strategy, host string,
 	}
 	store := chunk.Split(s.store, chunk.SplitSource, params)
 	exports := transport.NewLeases(transport.One{Name: "region", Store: store})
-	return s.accept(ctx, host, func(c net.Conn) {
+	return s.accept(ctx, Source, host, func(c net.Conn) {
 		if err := st.Serve(ctx, tr, c, exports, params); err != nil && ctx.Err() == nil {
 			fmt.Fprintln(os.Stderr, "source: serve:", err)
 		}
 	})
-}
-
-// accept listens on a free port of addr and calls serve for each connection.
-func (s *source) accept(ctx context.Context, addr string, serve func(net.Conn)) (string, error) {
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false) // on by default for listeners; the link is one path
-	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(addr, "0"))
-	if err != nil {
-		return "", err
-	}
-	s.ls = append(s.ls, l)
-	s.wg.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				if !errors.Is(err, net.ErrClosed) {
-					fmt.Fprintln(os.Stderr, "source: accept:", err)
-				}
-				return
-			}
-			s.mu.Lock()
-			s.conns[c] = true
-			s.mu.Unlock()
-			s.wg.Go(func() {
-				defer func() {
-					c.Close()
-					s.mu.Lock()
-					delete(s.conns, c)
-					s.mu.Unlock()
-				}()
-				serve(c)
-			})
-		}
-	})
-	return l.Addr().String(), nil
 }
 
 // verifyArgs is what the workload did, for the source to check its own content.
@@ -236,15 +196,7 @@ func (s *source) close(context.Context, none) (_ none, err error) {
 		if s.own != nil {
 			err = s.own.Close()
 		}
-		for _, l := range s.ls {
-			err = errors.Join(err, l.Close())
-		}
-		s.mu.Lock()
-		for c := range s.conns {
-			c.Close()
-		}
-		s.mu.Unlock()
-		s.wg.Wait()
+		err = errors.Join(err, s.acceptor.close())
 		s.stop = nil
 	}
 	if s.publication != nil {

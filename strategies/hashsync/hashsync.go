@@ -28,6 +28,7 @@ type Strategy struct{}
 
 var _ strategies.Strategy = Strategy{}
 var _ strategies.Publisher = Strategy{}
+var _ strategies.Relay = (*mount)(nil)
 
 func params() []param.Spec {
 	return []param.Spec{
@@ -47,7 +48,7 @@ func (Strategy) Info() strategies.Info {
 	return strategies.Info{
 		Name:         "hashsync",
 		Doc:          "polled hashing of a mapped file, deltas to full copies at the destinations",
-		Capabilities: []strategies.Capability{strategies.Reads, strategies.Follows, strategies.Copies, strategies.Prefetch},
+		Capabilities: []strategies.Capability{strategies.Reads, strategies.Follows, strategies.Copies, strategies.Prefetch, strategies.Relays},
 		Devices:      []string{""},
 		Params:       params(),
 		DefaultChunk: 64 << 10,
@@ -249,10 +250,13 @@ func (m *mount) Attachment() strategies.Attachment {
 // Sync does nothing: nobody writes here.
 func (m *mount) Sync(ctx context.Context) error { return ctx.Err() }
 
+// Serve answers a destination that follows this one.
+func (m *mount) Serve(ctx context.Context, conn net.Conn) error { return m.replica.Serve(ctx, conn) }
+
 func (m *mount) Stats() strategies.Stats {
 	s := m.replica.node.statistics()
 	return strategies.Stats{PrefetchRequests: s.Rounds, PrefetchBytes: s.DeltaBytes, PreemptiveBytes: m.replica.node.size,
-		Extra: map[string]int64{"rounds": s.Rounds, "delta_bytes": s.DeltaBytes, "changed_bytes": s.Changed, "digest_mismatches": s.Mismatches}}
+		Extra: map[string]int64{"rounds": s.Rounds, "delta_bytes": s.DeltaBytes, "changed_bytes": s.Changed, "digest_mismatches": s.Mismatches, strategies.EqualAt: m.replica.equalAt.Load()}}
 }
 
 func (m *mount) Close(context.Context) error {

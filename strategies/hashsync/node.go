@@ -38,7 +38,7 @@ type node struct {
 	stage, digests []byte // of the piece in hand
 	joining        bool   // a destination was admitted and wants an end
 
-	kick chan struct{} // something to look at: room, an ack, a destination
+	kick chan struct{} // something to look at: room, a destination
 	done chan struct{} // closed when the loop has ended; err is set
 
 	mu       sync.Mutex
@@ -217,8 +217,9 @@ func (s *session) put(b []byte) {
 }
 
 // fill sends what destinations lack: all where no other destination waits, else
-// some, so that the others' rounds go on. It reports whether more is to be sent.
-func (n *node) fill(ctx context.Context, emit func(lo, hi int64) error) (more bool, err error) {
+// some, so that the others' rounds go on. It reports whether anything was sent and
+// whether more is to be.
+func (n *node) fill(ctx context.Context, emit func(lo, hi int64) error) (sent, more bool, err error) {
 	others := n.patience > 0 // a relay's own rounds must go on
 	for s := range n.list() {
 		others = others || s.stale.Count() == 0
@@ -230,7 +231,7 @@ func (n *node) fill(ctx context.Context, emit func(lo, hi int64) error) (more bo
 				break
 			}
 			if err := ctx.Err(); err != nil {
-				return true, err
+				return sent, true, err
 			}
 			if n.left(s) {
 				break
@@ -243,11 +244,12 @@ func (n *node) fill(ctx context.Context, emit func(lo, hi int64) error) (more bo
 				budget -= (hi - lo) * n.chunk
 			}
 			if err := emit(lo, hi); err != nil {
-				return more, err
+				return sent, more, err
 			}
+			sent = true
 		}
 	}
-	return more, nil
+	return sent, more, nil
 }
 
 func (n *node) full(s *session) bool {
@@ -352,7 +354,6 @@ func (n *node) ack(s *session, round uint64, what byte) {
 		}
 	}
 	n.cond.Broadcast()
-	n.look()
 }
 
 // acknowledged waits until every destination that is there has round.

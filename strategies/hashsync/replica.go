@@ -43,9 +43,10 @@ type Replica struct {
 	mapping  []byte
 	versions []uint64
 	dec      *delta.Decoder
-	spare    []byte // a piece before it is applied
-	damaged  bool   // a piece of this round was refused
-	empty    bool   // nothing was ever applied: there is nothing to compare
+	spare    []byte       // a piece before it is applied
+	damaged  bool         // a piece of this round was refused
+	empty    bool         // nothing was ever applied: there is nothing to compare
+	equalAt  atomic.Int64 // CLOCK_MONOTONIC, ns: when it had the source's digest last
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
 }
@@ -139,15 +140,16 @@ func (r *Replica) relay(ctx context.Context) {
 		}
 		more = false
 		if lacking && n.current.Load() > 0 && n.current.Load() == n.round {
+			var sent bool
 			var err error
-			more, err = n.fill(ctx, func(lo, hi int64) error {
+			sent, more, err = n.fill(ctx, func(lo, hi int64) error {
 				off, length := n.extent(lo, hi)
 				p := n.stage[:length]
 				copy(p, r.mem[off:])
 				n.publish(ctx, lo, p, n.entry(lo, hi), nil)
 				return nil
 			})
-			if err == nil {
+			if err == nil && (sent || n.joining) {
 				n.finish()
 			}
 		}
@@ -308,6 +310,9 @@ func (r *Replica) end(ctx context.Context, f frame) ([]frame, error) {
 	r.empty = false
 	n.round = f.round
 	n.finish()
+	var now unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) // one clock for all processes of a host
+	r.equalAt.Store(now.Nano())
 	return []frame{ack}, nil
 }
 

@@ -197,7 +197,7 @@ func (s *Source) cycle(ctx context.Context, look, force bool) (more bool, err er
 		return false, nil
 	}
 	n.round++
-	sent := force || lacking
+	sent := force || n.joining
 	emit := func(lo, hi int64) error { return s.emit(ctx, lo, hi) }
 	if look {
 		if s.o.Check != nil {
@@ -223,12 +223,13 @@ func (s *Source) cycle(ctx context.Context, look, force bool) (more bool, err er
 			at, sent = hi, true
 		}
 	}
-	if !sent {
-		n.round--
-		return false, nil
-	}
-	if more, err = n.fill(ctx, emit); err != nil {
+	filled, more, err := n.fill(ctx, emit)
+	if err != nil {
 		return more, err
+	}
+	if !sent && !filled { // nobody would learn anything by the end of this round
+		n.round--
+		return more, nil
 	}
 	n.finish()
 	return more, nil
