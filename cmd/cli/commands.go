@@ -1,17 +1,21 @@
 package cli
 
 import (
+	"fmt"
+	"os"
+
 	"github.com/spf13/cobra"
 
 	"memsync/scenarios/lab"
 	"memsync/scenarios/role"
+	"memsync/strategies/snapshot"
 )
 
 // commands lists all commands. Each is an options struct and a function.
 func commands(s *state) []*cobra.Command {
 	return []*cobra.Command{
 		newListCmd(s), newMeasureCmd(s), newRunCmd(s), newPlotCmd(s), newCompareCmd(s), newMergeCmd(s), newClaimsCmd(s), newCleanCmd(s),
-		newDoctorCmd(s), newLabCmd(s), newServeCmd(s),
+		newDoctorCmd(s), newLabCmd(s), newServeCmd(s), newSnapshotCmd(s),
 	}
 }
 
@@ -20,6 +24,10 @@ func commands(s *state) []*cobra.Command {
 func (p Program) hidden(args []string) (code int, ok bool) {
 	if len(args) > 0 && args[0] == "role" {
 		return role.Main(p.Strategies, args[1:]), true
+	}
+	if len(args) > 1 && args[0] == snapshotExec {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", p.Name, snapshot.Exec(args[1:]))
+		return 126, true // as a shell that cannot run a command
 	}
 	return lab.Main(args)
 }

@@ -99,6 +99,7 @@ func (c Command) once(ctx context.Context, img *image.Image, o Options, e *Ended
 	defer func() { err = errors.Join(err, h.Close()) }()
 	files, names := h.Files()
 	cmd := exec.Command(c.Shim[0], append(c.Shim[1:len(c.Shim):len(c.Shim)], c.Args...)...)
+	cmd.Args[0] = "memsync" // whatever its file is called, as /proc/self/exe
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = c.Stdin, c.Stdout, c.Stderr
 	cmd.ExtraFiles = files
 	cmd.Env = append(os.Environ(), "LISTEN_FDS="+strconv.Itoa(len(files)), "LISTEN_FDNAMES="+strings.Join(names, ":"))
