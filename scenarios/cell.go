@@ -91,7 +91,7 @@ func (e *usageError) Unwrap() error        { return e.error }
 const OpSync = "sync"
 
 // Ops lists what a workload can do.
-func Ops() []string { return []string{"read", "write", "mixed", OpSync} }
+func Ops() []string { return []string{"read", "write", "mixed", OpSync, OpMigrate} }
 
 // minBudget is the shortest time budget of a run.
 const minBudget = time.Millisecond
@@ -178,6 +178,9 @@ func (c *Cell) Resolve() error {
 	if c.params, err = param.New(all.Specs(st, c.Device, c.Transport, c.Backend), c.Settings); err != nil {
 		return usage("%w", err)
 	}
+	if c.Op == OpMigrate && c.Size < 2*region.PageSize() {
+		return usage("op migrate with a region of %d bytes: the application needs two pages", c.Size)
+	}
 	if c.params.Has("order") && madeErr == nil {
 		if spec := c.real(c.params.Text("order")); spec != order.FormatName {
 			if _, err := order.Parse(spec, c.Size, 0); err != nil {
@@ -209,6 +212,8 @@ func (c *Cell) Resolve() error {
 		opErr = fmt.Errorf("strategy %s, topology %s: its destinations serve no others: %w", c.Strategy, c.params.Text("topology"), region.ErrNotSupported)
 	} else if _, ok := st.(strategies.Publisher); c.Op == OpSync && (!ok && !(program && info.Can(strategies.Follows)) || c.Transport == "local") {
 		opErr = fmt.Errorf("strategy %s, transport %s: no destination follows a writer at the source: %w", c.Strategy, c.Transport, region.ErrNotSupported)
+	} else if c.Op == OpMigrate {
+		opErr = c.migratable(info)
 	} else if c.Op != "read" && c.Op != OpSync && !info.Can(strategies.Writes) {
 		opErr = fmt.Errorf("strategy %s does not write back: %w", c.Strategy, region.ErrNotSupported)
 	}
@@ -217,6 +222,21 @@ func (c *Cell) Resolve() error {
 		labErr = c.LabDistorts()
 	}
 	return errors.Join(opErr, c.whole(info, program), madeErr, deviceErr, shaperErr, labErr)
+}
+
+// migratable says why an application at the source cannot go on at the destination.
+func (c *Cell) migratable(info strategies.Info) error {
+	switch {
+	case c.Transport == "local":
+		return fmt.Errorf("transport local has no source to migrate from: %w", region.ErrNotSupported)
+	case info.Can(strategies.Migrates):
+		return nil
+	case !info.Can(strategies.Writes):
+		return fmt.Errorf("strategy %s gives the destination no region that an application could go on writing: %w", c.Strategy, region.ErrNotSupported)
+	case c.Backend != "file":
+		return fmt.Errorf("strategy %s is closed and reopened, with a file that the application maps at the source: use --backend file, not %s: %w", c.Strategy, c.Backend, region.ErrNotSupported)
+	}
+	return nil
 }
 
 // whole says what a strategy that other programs are part of cannot serve.

@@ -27,6 +27,8 @@ var layers = []struct {
 	{"strategies/direct", 4, false},
 	{"strategies/hashsync", 4, false},
 	{"strategies/managed", 4, false},
+	{"strategies/migration", 4, false},
+	{"strategies/migration/handover", 6, false},
 	{"strategies/nbddirect", 4, false},
 	{"strategies/snapshot", 4, false},
 	{"strategies/userfaultfd", 4, false},

@@ -391,9 +391,12 @@ func (r *run) inFolder(ctx context.Context) (err error) {
 	}
 	setup := r.cell.setup(r.seed, dir)
 	setup.Backend.Service = r.service
-	if r.cell.Op == OpSync {
+	switch r.cell.Op {
+	case OpSync:
 		err = r.measureSync(watched, setup, cancel)
-	} else {
+	case OpMigrate:
+		err = r.measureMigrate(watched, setup)
+	default:
 		err = r.measure(watched, setup, r.cell.work(r.seed, dir))
 	}
 	if err == nil || ctx.Err() != nil {

@@ -15,6 +15,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"memsync/strategies/param"
 	"memsync/strategies/region"
@@ -102,9 +103,10 @@ type Server interface {
 
 // Beside is what a Remote may also be: one whose source has regions beside the
 // one that Open opens. OpenBeside opens the one whose name is that region's with
-// suffix behind it, read-only; region.ErrMissing where there is none. The caller closes it.
+// suffix behind it, on one connection, read-only unless writable is set (no lease is
+// asked for); region.ErrMissing where there is none. The caller closes it.
 type Beside interface {
-	OpenBeside(ctx context.Context, suffix string) (region.Store, error)
+	OpenBeside(ctx context.Context, suffix string, writable bool) (region.Store, error)
 }
 
 // Options say how to mount.
@@ -114,6 +116,7 @@ type Options struct {
 	PullWorkers int    // background pulls in flight; 0 means none
 	PushWorkers int    // background pushes in flight; 0 means none
 	ReadOnly    bool
+	Migrate     bool         // the region is taken over later (Migrator)
 	Dir         string       // an existing scratch folder of the run; removed by the caller
 	Params      param.Values // validated against Info.Params and the device's
 }
@@ -193,10 +196,13 @@ type Publisher interface {
 
 // PublishOptions say how to publish.
 type PublishOptions struct {
-	Chunk  int64        // bytes; a power of two, at least a page
-	Dir    string       // an existing scratch folder of the run
-	Pwrite bool         // the writer uses pwrite, not a mapping
-	Params param.Values // validated against Info.Params
+	Chunk  int64  // bytes; a power of two, at least a page
+	Dir    string // an existing scratch folder of the run
+	Pwrite bool   // the writer uses pwrite, not a mapping
+	Device string // one of Info.Devices: how the region is to be had at the source, where that makes a difference
+	// Transport answers the connections of a strategy that has no protocol of its own.
+	Transport transport.Transport
+	Params    param.Values // validated against Info.Params
 }
 
 // Topologies of op sync: whom a destination follows.
@@ -250,6 +256,78 @@ type Publication interface {
 	Sync(ctx context.Context) error
 	Stats() Stats
 	Close() error
+}
+
+// Hooks are what a migration asks of the application whose region moves; nil
+// is nothing to do. Each returns once it is done, or an error.
+type Hooks struct {
+	// Prepare, at the destination, before the application stops at the source:
+	// start-up that needs no state.
+	Prepare func(context.Context) error
+	// Suspend, at the source: no store is made any more once it returns. It is
+	// called at most once for each try to hand over.
+	Suspend func(context.Context) error
+	// Flush, at the source, after Suspend: what was stored through a mapping is at its device (msync).
+	Flush func(context.Context) error
+	// Resume: the application may run, at the source again or now at the destination.
+	Resume func(context.Context) error
+	// Abort, at the destination: the migration did not come about.
+	Abort func(context.Context) error
+}
+
+// Seeder is what a Publication may also be: one whose region a destination can take over.
+type Seeder interface {
+	// Control says how the application is stopped. It is called once, before
+	// any destination can ask.
+	Control(h Hooks)
+	// Done is closed once the destination has every byte: the source may exit.
+	Done() <-chan struct{}
+}
+
+// Migrator is what a Mount may also be, where Options.Migrate was set: one that
+// takes the region over.
+type Migrator interface {
+	// Finalize waits until it is time, by the parameters, and takes the region
+	// over: the application is stopped at the source and started here (h.Resume), and nobody
+	// else owns the region from then on. On an error the source goes on, or the error says
+	// that it could not be found out.
+	Finalize(ctx context.Context, h Hooks) (Handover, error)
+	// Complete returns once every byte is here and the source may exit, with all that
+	// is known of the migration by then.
+	Complete(ctx context.Context) (Handover, error)
+}
+
+// Handover says how a migration went. Times are CLOCK_MONOTONIC, ns.
+type Handover struct {
+	Epoch                     uint64
+	Asked                     int64 // the source was asked to stop its application
+	Stopped, Flushed, Scanned int64 // at the source: it has stopped, is flushed, its last dirty pages are known
+	Owned                     int64 // the region is ours
+	Resumed                   int64 // Hooks.Resume has returned
+	FinalBytes                int64 // written since the last look before it stopped
+	NeededBytes               int64 // to be pulled after it stopped
+	DirtiedBytes              int64 // distinct bytes that were written after they were pulled
+	Rounds                    int64 // looks for dirty pages
+	BulkBytes                 int64 // pulled before Finalize
+	BulkTime                  int64 // in which they were pulled, ns
+	// Promised is the downtime that was foreseen, ns; 0 where it was not asked for.
+	Promised int64
+	Unmet    string `json:",omitempty"` // why max_downtime could not be kept to; empty where it could
+	// Local is when so many bytes were here, ascending.
+	Local []LocalAt `json:",omitempty"`
+}
+
+// LocalAt is a point of local availability over time.
+type LocalAt struct{ At, Bytes int64 }
+
+// MigrateParams are what the application that migrates does, for --op migrate.
+func MigrateParams() []param.Spec {
+	return []param.Spec{
+		{Name: "dirty_rate", Kind: param.KindSize, Default: "20MB", Doc: "bytes a second that the application writes, one aligned 4 KiB page a write; 0 is none"},
+		{Name: "writer", Kind: param.KindEnum, Default: "random", Values: []string{"random", "zipf", "burst", "log", "kv"},
+			Doc: "where: distinct pages in random order, a hot set, random pages in bursts of a fifth of each second, one page after the other, or the slots of a key-value store with hot keys"},
+		{Name: "settle", Kind: param.KindDuration, Default: "1s", Max: int64(time.Minute), Doc: "how long the application runs at the destination, at least, before it is stopped and everything compared"},
+	}
 }
 
 // FaultServer is what a Mount with AttachFault implements. ServeFaults takes

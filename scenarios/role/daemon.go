@@ -37,6 +37,7 @@ type daemon struct {
 	known strategies.Registry
 	local region.Store // with transport local
 	mount strategies.Mount
+	hook  *Conn // op migrate: to the application
 
 	acceptor // op sync: of destinations behind this one
 	stop     context.CancelFunc
@@ -44,7 +45,7 @@ type daemon struct {
 
 func (d *daemon) ops() map[string]handler {
 	return map[string]handler{
-		"hold": on(d.hold), "mount": d.doMount, "faults": d.faults, "relay": on(d.relay),
+		"hold": on(d.hold), "mount": d.doMount, "faults": d.faults, "relay": on(d.relay), "finalize": d.finalize, "complete": on(d.complete),
 		"sync":     on(func(ctx context.Context, _ none) (none, error) { return none{}, d.mount.Sync(ctx) }),
 		"stats":    on(func(context.Context, none) (strategies.Stats, error) { return d.mount.Stats(), nil }),
 		"verify":   on(func(ctx context.Context, a verifyArgs) (Verified, error) { return verifyStore(ctx, d.local, a) }),
@@ -86,12 +87,12 @@ func (r remote) Open(ctx context.Context) (region.Store, error) {
 }
 
 // OpenBeside implements strategies.Beside.
-func (r remote) OpenBeside(ctx context.Context, suffix string) (region.Store, error) {
+func (r remote) OpenBeside(ctx context.Context, suffix string, writable bool) (region.Store, error) {
 	if r.local != nil {
 		return nil, fmt.Errorf("transport local has nothing beside the region: %w", region.ErrNotSupported)
 	}
 	o := r.options
-	o.Name, o.Connections, o.ReadOnly = o.Name+suffix, 1, true
+	o.Name, o.Connections, o.ReadOnly, o.Writer = o.Name+suffix, 1, !writable, ""
 	return r.transport.Open(ctx, r.dialer, o)
 }
 
@@ -136,8 +137,8 @@ func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.
 			return nil, nil, err
 		}
 		r.options = all.TransportOptions(params)
-		r.options.Name, r.options.ReadOnly = "region", a.Setup.ReadOnly
-		if !a.Setup.ReadOnly {
+		r.options.Name, r.options.ReadOnly = "region", a.Setup.ReadOnly || a.Setup.Migrate
+		if !r.options.ReadOnly {
 			r.options.Writer = rand.Text()
 		}
 		var dial net.Dialer
@@ -146,7 +147,7 @@ func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.
 	m := Mounted{Start: monotonic()}
 	o := strategies.Options{
 		Device: a.Setup.Device, Chunk: a.Setup.Chunk, PullWorkers: a.Setup.PullWorkers, PushWorkers: a.Setup.PushWorkers,
-		ReadOnly: a.Setup.ReadOnly, Dir: a.Setup.Dir, Params: params,
+		ReadOnly: a.Setup.ReadOnly, Migrate: a.Setup.Migrate, Dir: a.Setup.Dir, Params: params,
 	}
 	if k := params.IntOr("files", 1); k > 1 && params.TextOr("file_system", "none") == "none" {
 		d.mount, err = strategies.MountParts(ctx, st, r, o, k)
@@ -205,6 +206,10 @@ func (d *daemon) unmount(ctx context.Context, _ none) (_ none, err error) {
 	}
 	if d.mount != nil {
 		err = errors.Join(err, d.mount.Close(ctx))
+	}
+	if d.hook != nil {
+		err = errors.Join(err, d.hook.Close())
+		d.hook = nil
 	}
 	return none{}, err
 }

@@ -28,9 +28,10 @@ type Setup struct {
 	PushWorkers int          `json:"push_workers"`
 	Settings    []string     `json:"settings"` // key=value, as set by the user
 	ReadOnly    bool         `json:"read_only"`
-	Pwrite      bool         `json:"pwrite"` // op sync: the writer does not map
-	Sleep       int64        `json:"sleep"`  // ns before each call of a local store (the sleep shaper)
-	Dir         string       `json:"dir"`    // scratch, removed by the runner
+	Pwrite      bool         `json:"pwrite"`  // op sync: the writer does not map
+	Sleep       int64        `json:"sleep"`   // ns before each call of a local store (the sleep shaper)
+	Migrate     bool         `json:"migrate"` // the region is taken over later
+	Dir         string       `json:"dir"`     // scratch, removed by the runner
 }
 
 // Resolve looks the cell's strategy up and validates its parameters.
@@ -56,14 +57,15 @@ type source struct {
 	setup Setup
 
 	acceptor
-	publication strategies.Publication // op sync; nil else
+	publication strategies.Publication // ops sync and migrate; nil else
+	hook        *Conn                  // op migrate: to the application
 	own         strategies.Server      // the strategy's own program; nil where it has none
 	stop        context.CancelFunc
 }
 
 func (s *source) ops() map[string]handler {
 	return map[string]handler{
-		"open": on(s.open), "publish": s.publish, "track": s.track, "poll": on(s.poll), "bandwidth": on(s.bandwidth), "sync": on(s.sync), "stats": on(s.stats),
+		"open": on(s.open), "publish": s.publish, "track": s.track, "control": s.control, "released": on(s.released), "poll": on(s.poll), "bandwidth": on(s.bandwidth), "sync": on(s.sync), "stats": on(s.stats),
 		"listen": on(s.listen), "verify": on(s.verify), "close": on(s.close), "counters": on(counters),
 		"requests": on(func(context.Context, none) (Requests, error) { return requests(s.store) }),
 	}
@@ -202,6 +204,10 @@ func (s *source) close(context.Context, none) (_ none, err error) {
 	if s.publication != nil {
 		err = errors.Join(err, s.publication.Close())
 		s.publication = nil
+	}
+	if s.hook != nil {
+		err = errors.Join(err, s.hook.Close())
+		s.hook = nil
 	}
 	if s.store != nil {
 		err = errors.Join(err, s.store.Close())

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"memsync/strategies"
+	"memsync/strategies/all"
 	"memsync/strategies/region"
 )
 
@@ -135,9 +136,12 @@ func (w *workload) ready(_ context.Context, s SyncWork) (_ none, err error) {
 // handedOver closes the writer's copy of its userfaultfd: a source that dies must
 // not leave it waiting in faults.
 func (w *workload) handedOver(context.Context, none) (_ none, err error) {
-	if w.armed != nil {
-		err, w.armed = w.armed.Close(), nil
+	for _, f := range []*os.File{w.armed, w.passed} {
+		if f != nil {
+			err = errors.Join(err, f.Close())
+		}
 	}
+	w.armed, w.passed = nil, nil
 	return none{}, err
 }
 
@@ -249,6 +253,10 @@ func (s *source) publish(ctx context.Context, _ json.RawMessage, files []*os.Fil
 	if err != nil {
 		return nil, nil, err
 	}
+	tr, err := all.Transport(s.setup.Transport)
+	if err != nil {
+		return nil, nil, err
+	}
 	p, ok := st.(strategies.Publisher)
 	if f, file := s.store.(interface{ Path() string }); !ok && file { // a program serves the file itself
 		return strategies.Attachment{Kind: strategies.AttachPath, Path: f.Path(), Size: s.store.Size()}, nil, nil
@@ -256,7 +264,7 @@ func (s *source) publish(ctx context.Context, _ json.RawMessage, files []*os.Fil
 	if !ok {
 		return nil, nil, fmt.Errorf("strategy %s publishes no region that is written at the source: %w", s.setup.Strategy, region.ErrNotSupported)
 	}
-	if s.publication, err = p.Publish(ctx, s.store, strategies.PublishOptions{Chunk: s.setup.Chunk, Dir: s.setup.Dir, Pwrite: s.setup.Pwrite, Params: params}); err != nil {
+	if s.publication, err = p.Publish(ctx, s.store, strategies.PublishOptions{Chunk: s.setup.Chunk, Dir: s.setup.Dir, Pwrite: s.setup.Pwrite, Device: s.setup.Device, Transport: tr, Params: params}); err != nil {
 		return nil, nil, err
 	}
 	a := s.publication.Attachment()

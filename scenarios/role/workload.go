@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"runtime"
 	"runtime/debug"
@@ -104,12 +105,14 @@ func (w Work) expect(in *os.File, buf []byte, off int64) error {
 
 // workload is the process that maps the region and touches it.
 type workload struct {
-	view  *attach.View
-	work  Work
-	seqs  []*sequence // the threads'
-	in    *os.File
-	armed *os.File // op sync: to be closed once the source has it
-	model *model   // op sync: what the region must have
+	view   *attach.View
+	work   Work
+	seqs   []*sequence // the threads'
+	in     *os.File
+	armed  *os.File // op sync: to be closed once the source has it
+	model  *model   // op sync: what the region must have
+	app    *app     // op migrate
+	passed *os.File // op migrate: to be closed once it was sent
 	// buf is where what is read goes, page p at p*page; out is what is written.
 	buf, out []byte
 	// seen[p] says what the last load of page p must have found: 0 not loaded,
@@ -118,13 +121,15 @@ type workload struct {
 }
 
 func (w *workload) ops() map[string]handler {
-	return map[string]handler{
+	ops := map[string]handler{
 		"prepare": on(w.prepare), "attach": w.attach, "run": on(w.run), "verify": on(w.verify),
 		"sync":  on(func(context.Context, none) (none, error) { return none{}, w.view.Sync() }),
 		"ready": on(w.ready), "dirty": on(w.dirty), "pulse": on(w.pulse), "watch": on(w.watch), "equal": on(w.equal), "handed-over": on(w.handedOver),
 		"detach":   on(w.detach),
 		"counters": on(counters), "floors": on(w.floors),
 	}
+	maps.Copy(ops, w.appOps())
+	return ops
 }
 
 // anonymous returns n bytes of memory whose pages are there already.
@@ -202,6 +207,9 @@ func (w *workload) attach(_ context.Context, body json.RawMessage, files []*os.F
 		return nil, nil, err
 	}
 	w.view = v
+	if w.app != nil {
+		w.app.view = v
+	}
 	r := Attached{Usable: monotonic(), PID: os.Getpid()}
 	if f, base, length, ok := v.Armed(); ok {
 		r.Armed, r.Base, r.Length = true, base, length

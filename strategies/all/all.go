@@ -15,6 +15,7 @@ import (
 	"memsync/strategies/direct"
 	"memsync/strategies/hashsync"
 	"memsync/strategies/managed"
+	"memsync/strategies/migration"
 	"memsync/strategies/nbddirect"
 	"memsync/strategies/param"
 	"memsync/strategies/transport"
@@ -32,6 +33,7 @@ func Registry() strategies.Registry {
 		managed.Strategy{},
 		nbddirect.Strategy{},
 		hashsync.Strategy{},
+		migration.Strategy{},
 	}
 }
 
@@ -58,6 +60,9 @@ func Specs(s strategies.Strategy, deviceName, transportName, backendName string)
 	specs := append([]param.Spec{}, s.Info().Params...)
 	if s.Info().Can(strategies.Follows) {
 		specs = append(specs, strategies.SyncParams()...)
+	}
+	if s.Info().Can(strategies.Migrates) || s.Info().Can(strategies.Writes) {
+		specs = append(specs, strategies.MigrateParams()...)
 	}
 	if deviceName != "" && deviceName != "uffd" {
 		specs = append(specs, param.Spec{Name: "advice", Kind: param.KindEnum, Default: attach.AdviceNone, Values: []string{attach.AdviceNone, attach.AdviceSequential, attach.AdviceRandom},

@@ -3,6 +3,7 @@ package chunk
 import (
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"sync"
 	"sync/atomic"
@@ -48,6 +49,7 @@ type Puller struct {
 	stop    func()
 	lo, hi  int64 // chunks that are left of the range that next gave last
 	swept   bool
+	drained bool  // nothing more is to be asked for
 	grow    int64 // chunks in the next request
 	retries atomic.Int64
 }
@@ -89,6 +91,19 @@ func (p *Puller) Retries() int64 { return p.retries.Load() }
 func (p *Puller) Close() {
 	p.cancel()
 	<-p.done
+}
+
+// Drain asks for nothing more, and returns once what is under way has come.
+func (p *Puller) Drain(ctx context.Context) error {
+	p.mu.Lock()
+	p.drained = true
+	p.mu.Unlock()
+	select {
+	case <-p.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for background pulls: %w", ctx.Err())
+	}
 }
 
 // more starts the given number of workers, each when the one before is about to
@@ -156,7 +171,7 @@ type run struct {
 func (p *Puller) claim(n int64) (runs []run) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for n > 0 && !p.s.full() { // with a Bound: what is there is of more use than what comes next
+	for n > 0 && !p.drained && !p.s.full() { // with a Bound: what is there is of more use than what comes next
 		if p.lo < p.hi {
 			from, to, stamp := p.s.claim(p.lo, p.hi, n, region.Prefetch)
 			if p.lo = to; from < to {

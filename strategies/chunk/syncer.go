@@ -177,6 +177,25 @@ func (s *Syncer) Stored(off, n int64) bool {
 	return true
 }
 
+// Forget makes the local chunks of [lo, hi) remote again, whose bytes in the cache are
+// out of date, and calls gone for each run of them. No request for any of
+// them may be under way, and it takes a Syncer without a Bound.
+func (s *Syncer) Forget(lo, hi int64, gone func(lo, hi int64)) {
+	for i := lo; i < hi; {
+		j := i
+		for j < hi && State(s.words[j].Load()&wordState) == Local {
+			s.words[j].Store(uint32(Remote))
+			j++
+		}
+		if i < j {
+			s.nLocal.Add(i - j)
+			s.dirty.Clear(i, j)
+			gone(i, j)
+		}
+		i = max(j, i+1)
+	}
+}
+
 func (s *Syncer) check(off, n int64) error {
 	if err := region.CheckRange(off, n, s.size); err != nil {
 		return err

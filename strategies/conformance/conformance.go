@@ -125,6 +125,14 @@ func (r remote) Open(ctx context.Context) (region.Store, error) {
 	return r.f.Transport.Open(ctx, transport.DialFunc(r.Dial), transport.Options{Name: "region", Connections: 2})
 }
 
+// OpenBeside implements strategies.Beside.
+func (r remote) OpenBeside(ctx context.Context, suffix string, writable bool) (region.Store, error) {
+	if r.f.Transport == nil {
+		return nil, region.ErrNotSupported
+	}
+	return r.f.Transport.Open(ctx, transport.DialFunc(r.Dial), transport.Options{Name: "region" + suffix, Connections: 1, ReadOnly: !writable})
+}
+
 // Dial implements strategies.Remote.
 func (r remote) Dial(ctx context.Context) (net.Conn, error) {
 	if r.addr == nil {

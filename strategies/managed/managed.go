@@ -127,7 +127,7 @@ func openDigests(ctx context.Context, r strategies.Remote, size int64) (region.S
 	if !ok {
 		return nil, fmt.Errorf("known=same needs a source across a link: %w", region.ErrNotSupported)
 	}
-	s, err := b.OpenBeside(ctx, digestSuffix+strconv.FormatInt(size, 10))
+	s, err := b.OpenBeside(ctx, digestSuffix+strconv.FormatInt(size, 10), false)
 	if errors.Is(err, region.ErrMissing) {
 		err = fmt.Errorf("known=same needs a source that offers digests (memsync's): %w: %w", err, region.ErrNotSupported)
 	}

@@ -80,11 +80,11 @@ type reply struct {
 	Phase   handover.Phase
 	Session uint64
 	Round   uint64
-	Size    int64 // of the region
-	Asked   int64 // Finalize: the suspend hook was called,
-	Stopped int64 // returned,
-	Flushed int64 // the flush hook returned,
-	Scanned int64 // and the last dirty pages were known
+	Size    int64  // of the region
+	Asked   int64  // Finalize: the suspend hook was called,
+	Stopped int64  // returned,
+	Flushed int64  // the flush hook returned,
+	Scanned int64  // and the last dirty pages were known
 	Dirty   []byte // a set of pages, see encodeSet
 	Text    string // of an error; then the result is 0
 }

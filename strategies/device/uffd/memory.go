@@ -216,14 +216,22 @@ func (m *Memory) begin() error {
 	return nil
 }
 
-// mapLocal maps what was local before the workload came.
+// mapLocal maps what was local before the workload came, neighbours together.
 func (m *Memory) mapLocal() {
-	for lo := int64(0); lo < m.size && !m.stopping.Load(); lo += m.chunk {
-		if hi := min(lo+m.chunk, m.length); m.owner.Has(lo, min(hi, m.size)-lo) {
-			if n, _ := Continue(m.fd, m.base+uintptr(lo), hi-lo, m.mode); n > 0 {
-				m.filled.Add(n)
+	const most = 2 << 20 // bytes at once, so that Stop need not wait
+	for lo := int64(0); lo < m.size && !m.stopping.Load(); {
+		hi := lo
+		for hi < m.size && hi-lo < most && m.owner.Has(hi, min(hi+m.chunk, m.size)-hi) {
+			hi = min(hi+m.chunk, m.length)
+		}
+		for at := lo; at < hi; {
+			n, _ := Continue(m.fd, m.base+uintptr(at), hi-at, m.mode)
+			m.filled.Add(n)
+			if at += n; n == 0 { // mapped already, or dropped
+				at += m.page
 			}
 		}
+		lo = max(hi, lo+m.chunk)
 	}
 }
 
