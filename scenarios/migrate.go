@@ -150,6 +150,15 @@ func pause(ctx context.Context, d time.Duration) error {
 	}
 }
 
+// trouble adds what the daemon knows of an error.
+func (r *run) trouble(ctx context.Context, err error) error {
+	var why role.Trouble
+	if _, askErr := r.daemon.Ask(ctx, "trouble", struct{}{}, &why); askErr == nil && why.Text != "" {
+		return fmt.Errorf("%w; the daemon says: %s", err, why.Text)
+	}
+	return err
+}
+
 // handHooks lets one process control the application of another.
 func (r *run) handHooks(ctx context.Context, app, to *role.Process, op string, reply any) error {
 	hook, err := app.Ask(ctx, "app-hooks", struct{}{}, nil)

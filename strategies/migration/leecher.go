@@ -773,7 +773,12 @@ func (l *leecher) Attachment() strategies.Attachment {
 }
 
 // Sync implements strategies.Mount: what is stored stays here, where it belongs.
-func (l *leecher) Sync(context.Context) error { return l.ctx.Err() }
+func (l *leecher) Sync(context.Context) error {
+	if l.ctx.Err() != nil {
+		return region.ErrClosed
+	}
+	return nil
+}
 
 // Err is the latest error behind an EIO or SIGBUS.
 func (l *leecher) Err() error {
