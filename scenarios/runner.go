@@ -632,11 +632,7 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	steal := stealTime()
 	var t role.Touched
 	if _, err := r.workload.Ask(ctx, "run", struct{}{}, &t); err != nil {
-		var why role.Trouble
-		if _, askErr := r.daemon.Ask(ctx, "trouble", struct{}{}, &why); askErr == nil && why.Text != "" {
-			return fmt.Errorf("%w; the daemon says: %s", err, why.Text)
-		}
-		return err
+		return r.trouble(ctx, err)
 	}
 	v["steal_time"] = stealTime() - steal
 	after, err := r.counters(ctx)
