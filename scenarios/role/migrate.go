@@ -108,7 +108,6 @@ type app struct {
 		WriteAt([]byte, int64) error
 		Sync() error
 	}
-	hook *Conn // to who controls it
 
 	mu      sync.Mutex
 	stop    context.CancelFunc // of the loop; nil where it does not run

@@ -268,8 +268,11 @@ func (l *leecher) openCache() (err error) {
 func (l *leecher) again() error {
 	var j destinationJournal
 	ok, err := readJournal(l.o.journal, &j)
-	if err != nil || !ok {
+	if err != nil {
 		return err
+	}
+	if !ok { // so that the source knows us again
+		return writeJournal(l.o.journal, destinationJournal{ID: l.m.ID})
 	}
 	l.m.ID = j.ID
 	m, started := l.m.Again(j.Kept)
@@ -284,7 +287,7 @@ func (l *leecher) again() error {
 func (l *leecher) set(m handover.Destination) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.o.journal != "" && (m.Kept() != l.m.Kept() || m.Stage == handover.Joining) {
+	if l.o.journal != "" && m.Kept() != l.m.Kept() {
 		if err := writeJournal(l.o.journal, destinationJournal{m.ID, m.Kept()}); err != nil {
 			return err
 		}

@@ -27,9 +27,8 @@ import (
 	"memsync/strategies/transport/nbd"
 )
 
-func TestMain(m *testing.M) {
-	goleak.VerifyTestMain(m)
-}
+// verify runs the tests of this process and looks for goroutines that are left.
+func verify(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const testSize = 1<<20 + 4096 + 100
 
@@ -144,15 +143,14 @@ func (w *writer) start(every time.Duration) (stop func()) {
 
 // link is a path between a seeder and a leecher, over NBD on a Unix socket pair, which can be cut.
 type link struct {
-	t      *testing.T
-	s      *Seeder
-	ctx    context.Context
-	wg     sync.WaitGroup
-	mu     sync.Mutex
-	conns  []net.Conn
-	cut    bool
-	tr     nbd.Transport
-	lostAt func(name string) bool // of control: whether this connection is to break after its next answer
+	t     *testing.T
+	s     *Seeder
+	ctx   context.Context
+	wg    sync.WaitGroup
+	mu    sync.Mutex
+	conns []net.Conn
+	cut   bool
+	tr    nbd.Transport
 }
 
 func newLink(t *testing.T, s *Seeder) *link {

@@ -65,7 +65,6 @@ type Seeder struct {
 	carry   *chunk.Set // pages that go into the next set whatever the tracker says
 
 	final                           []byte // the set of the epoch's Finalize
-	finalRound                      uint64 // with which round that began
 	asked, stopped, flushed, scaned int64
 	trouble                         error // why Suspend failed
 }
