@@ -137,8 +137,8 @@ func (c *control) call(ctx context.Context, r request, patience time.Duration) (
 		out, err = c.once(tctx, r)
 		cancel()
 		switch {
-		case err == nil && out.Text != "" && out.Result == 0:
-			return out, fmt.Errorf("%v at the source: %s: %w", r.Verb, out.Text, region.ErrNotSupported)
+		case err == nil && out.err() != nil:
+			return out, fmt.Errorf("%v at the source: %w", r.Verb, out.err())
 		case err == nil:
 			return out, nil
 		case ctx.Err() != nil:

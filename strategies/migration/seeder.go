@@ -332,7 +332,8 @@ func (s *Seeder) handle(ctx context.Context, r request) (out reply) {
 	answer := func(a handover.Reply, err error) reply {
 		out := reply{Reply: a, Phase: s.m.Phase, Session: s.session, Round: s.round, Size: s.store.Size()}
 		if err != nil {
-			out.Result, out.Text = 0, err.Error()
+			f := failed(err)
+			out.Result, out.Text, out.Kind = 0, f.Text, f.Kind
 		}
 		return out
 	}

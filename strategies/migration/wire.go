@@ -3,6 +3,7 @@ package migration
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/bits"
 	"sync"
@@ -87,6 +88,34 @@ type reply struct {
 	Scanned int64  // and the last dirty pages were known
 	Dirty   []byte // a set of pages, see encodeSet
 	Text    string // of an error; then the result is 0
+	Kind    byte   // of the error: its place in kinds
+}
+
+// kinds are the sentinels that an error can match across the link.
+func kinds() []error {
+	return []error{nil, region.ErrMismatch, region.ErrNotSupported, region.ErrOutOfRange, region.ErrClosed}
+}
+
+// failed is the answer that says err.
+func failed(err error) reply {
+	r := reply{Text: err.Error()}
+	for i, k := range kinds() {
+		if k != nil && errors.Is(err, k) {
+			r.Kind = byte(i)
+		}
+	}
+	return r
+}
+
+// err is the error that the answer says, or nil.
+func (r reply) err() error {
+	if r.Result != 0 || r.Text == "" {
+		return nil
+	}
+	if k := kinds(); int(r.Kind) < len(k) && k[r.Kind] != nil {
+		return fmt.Errorf("%s (%w)", r.Text, k[r.Kind])
+	}
+	return errors.New(r.Text)
 }
 
 const maxText = 512
@@ -95,7 +124,7 @@ func (r reply) encode() []byte {
 	text := r.Text[:min(len(r.Text), maxText)]
 	b := make([]byte, replySize, replySize+len(text)+len(r.Dirty))
 	binary.BigEndian.PutUint32(b, magic)
-	b[4], b[5], b[6] = version, byte(r.Result), byte(r.Phase)
+	b[4], b[5], b[6], b[7] = version, byte(r.Result), byte(r.Phase), r.Kind
 	for i, v := range []uint64{r.Epoch, r.Session, r.Round, uint64(r.Size), uint64(r.Asked), uint64(r.Stopped), uint64(r.Flushed), uint64(r.Scanned)} {
 		binary.BigEndian.PutUint64(b[8+8*i:], v)
 	}
@@ -133,7 +162,7 @@ func decodeReply(b []byte) (r reply, err error) {
 	}
 	text := replySize + int(binary.BigEndian.Uint32(b[76:]))
 	return reply{Reply: handover.Reply{Result: handover.Result(b[5]), Epoch: v[0]}, Phase: handover.Phase(b[6]), Session: v[1], Round: v[2], Size: int64(v[3]),
-		Asked: int64(v[4]), Stopped: int64(v[5]), Flushed: int64(v[6]), Scanned: int64(v[7]), Text: string(b[replySize:text]), Dirty: b[text:]}, nil
+		Asked: int64(v[4]), Stopped: int64(v[5]), Flushed: int64(v[6]), Scanned: int64(v[7]), Text: string(b[replySize:text]), Kind: b[7], Dirty: b[text:]}, nil
 }
 
 // A set of pages on the wire is the number of pages of the region, then either runs
@@ -276,7 +305,7 @@ func (m *mailbox) WriteAt(ctx context.Context, p []byte, off int64) error {
 	}
 	c.once.Do(func() {
 		if err != nil {
-			c.answer = reply{Text: err.Error()}.encode()
+			c.answer = failed(err).encode()
 		} else {
 			c.answer = m.handle(ctx, r).encode()
 		}
