@@ -177,15 +177,20 @@ func Open(ctx context.Context, store region.Store, o Options) (*Device, error) {
 	}
 	d.requestSize = max(8192, inHeaderSize+rwInSize+writePages*page)
 	d.bufs.keep = background
+	if viewer == nil { // the first touches of a page-in are of the buffers of a window
+		d.bufs.warm(readPages*page, int(max(1, min(kernelReadAhead/(readPages*page), 8))))
+	}
 	d.ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC)
 	if err != nil {
+		d.bufs.close()
 		return nil, fmt.Errorf("serve through FUSE: eventfd: %w", err)
 	}
 	d.stop = os.NewFile(uintptr(stop), "eventfd")
 	if err := d.start(ctx, o, readPages*page); err != nil {
 		d.cancel()
 		_ = d.stop.Close()
+		d.bufs.close()
 		return nil, err
 	}
 	return d, nil
@@ -396,6 +401,7 @@ func (d *Device) close(ctx context.Context) error {
 	case <-time.After(grace):
 		err = errors.Join(err, fmt.Errorf("close %s: requests are still in the store after %v", d.path, grace))
 	}
+	d.bufs.close()
 	if rerr := os.Remove(d.path); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
 		err = errors.Join(err, fmt.Errorf("remove the FUSE mount point: %w", rerr))
 	}

@@ -512,34 +512,68 @@ func pendingKill(status string) bool {
 	return false
 }
 
-// pool keeps buffers by size class, a power of two, so that the collector has
-// nothing to do on their behalf.
+// pool keeps buffers by size class, a power of two. They are mappings of their
+// own: a reader needs one for the largest request, of which most touch a page,
+// and some megabytes of those on the heap set the collector to work on the first request.
 type pool struct {
-	mu   sync.Mutex
-	free [64][][]byte
-	keep int // buffers kept of each class
+	mu     sync.Mutex
+	free   [64][][]byte
+	keep   int // buffers kept of each class
+	closed bool
 }
+
+func class(n int64) int { return bits.Len64(uint64(max(n, 4096) - 1)) }
 
 // get returns a buffer of at least n bytes, with unspecified content.
 func (p *pool) get(n int64) []byte {
-	class := bits.Len64(uint64(max(n, 4096) - 1))
+	c := class(n)
 	p.mu.Lock()
-	if l := len(p.free[class]); l > 0 {
-		b := p.free[class][l-1]
-		p.free[class] = p.free[class][:l-1]
+	if l := len(p.free[c]); l > 0 {
+		b := p.free[c][l-1]
+		p.free[c] = p.free[c][:l-1]
 		p.mu.Unlock()
 		return b
 	}
 	p.mu.Unlock()
-	return make([]byte, 1<<class)
+	return mapped(1<<c, 0)
+}
+
+// warm puts k buffers of at least n bytes into the pool whose pages are there.
+func (p *pool) warm(n int64, k int) {
+	for range k {
+		p.put(mapped(1<<class(n), unix.MAP_POPULATE))
+	}
+}
+
+func mapped(n, flags int) []byte {
+	b, err := unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE|flags)
+	if err != nil { // no address space or mappings left; the runtime ends as it does where make finds none
+		panic(fmt.Sprintf("map a buffer of %d bytes: %v", n, err))
+	}
+	return b
 }
 
 // put takes back what get returned.
 func (p *pool) put(b []byte) {
-	class := bits.Len(uint(len(b) - 1))
+	c := class(int64(len(b)))
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.free[class]) < p.keep {
-		p.free[class] = append(p.free[class], b)
+	if len(p.free[c]) < p.keep && !p.closed {
+		p.free[c] = append(p.free[c], b)
+	} else {
+		_ = unix.Munmap(b)
+	}
+}
+
+// close unmaps what is in the pool and what is put later.
+func (p *pool) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	for c, l := range p.free {
+		for _, b := range l {
+			_ = unix.Munmap(b)
+		}
+		p.free[c] = nil
 	}
 }

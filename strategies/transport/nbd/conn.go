@@ -400,7 +400,7 @@ func (c *conn) lead(ctx context.Context, own *call) {
 			}
 			c.mu.Unlock()
 		}
-		if err = c.l.await(c.limit(), 0); err == errInterrupted {
+		if err = c.l.await(c.expect(), 0); err == errInterrupted {
 			err = nil
 		}
 	}
@@ -476,6 +476,14 @@ func (c *conn) limit() int {
 		return headLimit
 	}
 	return readBuffer / 2
+}
+
+// expect is limit for a wait, and tells the spinner what is waited for.
+func (c *conn) expect() int {
+	c.mu.Lock()
+	c.l.spin.soon = c.large == 0 && len(c.pending) == 1
+	c.mu.Unlock()
+	return c.limit()
 }
 
 // header begins the next reply.

@@ -55,6 +55,7 @@ func (s *session) transmission(ctx context.Context) error {
 
 // request takes one request's payload and answers it, or has it answered.
 func (s *session) request(ctx context.Context, r request) error {
+	s.l.spin.soon = r.length < directLimit
 	payload := r.payload(s.style == extended)
 	if payload > maxPayload {
 		return protocolError("%v with a payload of %d bytes, the limit is %d", r.cmd, payload, maxPayload)
