@@ -33,6 +33,7 @@ func Figures() []Figure {
 		deviceFigures(),
 		cacheFigures(),
 		hashsyncFigures(),
+		migrationFigures(),
 	)
 }
 

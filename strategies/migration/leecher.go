@@ -611,6 +611,28 @@ func (l *leecher) takeOver(ctx context.Context) error {
 			return err
 		}
 	}
+	if l.state().Stage == handover.Filling {
+		if err := l.fill(); err != nil {
+			return err
+		}
+		if err := l.all(ctx); err != nil {
+			return err
+		}
+		if err := l.set(l.state().Complete()); err != nil {
+			return err
+		}
+		return l.commit(ctx)
+	}
+	// Commit leaves first: its answer would stand behind what is pulled. What is
+	// to be done here is done while it travels.
+	committed := make(chan error, 1)
+	go func() { committed <- l.commit(ctx) }()
+	err := l.fill()
+	return errors.Join(<-committed, err)
+}
+
+// fill makes what is out of date remote, begins to pull all that is, and to answer faults.
+func (l *leecher) fill() error {
 	ranges, err := l.forget()
 	if err != nil {
 		return err
@@ -618,27 +640,17 @@ func (l *leecher) takeOver(ctx context.Context) error {
 	l.mu.Lock()
 	l.h.NeededBytes = l.size - l.syncer.LocalBytes()
 	l.mu.Unlock()
-	// What was written last first, then the rest, while Commit is under way.
-	l.pull(order.List(ranges))
-	if err := l.serve(); err != nil {
-		return err
-	}
-	if l.state().Stage == handover.Filling {
-		if err := l.all(ctx); err != nil {
-			return err
-		}
-		if err := l.set(l.state().Complete()); err != nil {
-			return err
-		}
-	}
+	l.pull(order.List(ranges)) // what was written, then the rest
+	return l.serve()
+}
+
+// commit asks to take over.
+func (l *leecher) commit(ctx context.Context) error {
 	out, err := l.advance(ctx)
 	switch {
 	case err != nil:
 		return err
 	case !l.state().Owns():
-		if err := l.drain(ctx); err != nil {
-			return err
-		}
 		return fmt.Errorf("commit epoch %d: %v, it is in epoch %d: %w", out.Request.Epoch, out.Result, out.Epoch, errStale)
 	}
 	l.openOnce.Do(func() { close(l.open) })

@@ -1,0 +1,168 @@
+package scenarios
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"memsync/results"
+)
+
+// migrationFigures are those of op migrate: benchmarks N05 and N06.
+func migrationFigures() []Figure {
+	return []Figure{migrationDowntime(), migrationDirtyRate(), migrationSize(), migrationFinalize()}
+}
+
+// migrationModes are the series: the strategy's modes, and the managed mount, closed and reopened.
+func migrationModes() []results.FigureSeries {
+	return []results.FigureSeries{
+		{Key: "migration/hybrid", Label: "hybrid"}, {Key: "migration/pre-copy", Label: "pre-copy"}, {Key: "migration/post-copy", Label: "post-copy"},
+		{Key: "migration/stop-and-copy", Label: "stop and copy"}, {Key: "managed-mount/", Label: "managed mount, closed and reopened"},
+	}
+}
+
+// migrateCell is a cell of op migrate at 20 ms and 1 Gbit/s.
+func migrateCell(figure, mode string, size int64, settings ...string) *Cell {
+	c := &Cell{Figure: figure, Variant: Network, Strategy: "migration", Op: OpMigrate, Size: size, PullWorkers: -1, PushWorkers: -1,
+		Limit: WholeRegion, Budget: 10 * time.Second, Settings: slices.Clone(settings)}
+	if c.Link.RTT, c.Link.Rate = 20*time.Millisecond, NetworkRate; mode == "managed-mount" {
+		c.Strategy, c.Backend = mode, "file"
+	} else {
+		c.Settings = append(c.Settings, "mode="+mode)
+	}
+	return c
+}
+
+// migrationPictures are what is drawn of every such figure: by X.
+func migrationPictures(figure, title string, x results.Axis, note string) (results.FigureSpec, []results.FigureSpec) {
+	spec := func(name, label string, y results.Axis) results.FigureSpec {
+		return results.FigureSpec{Name: name, Figure: figure, Title: title + ": " + label, Kind: results.FigureLine, X: x, Y: y,
+			Keys: []string{"strategy", "params.mode"}, Series: migrationModes(), Note: note}
+	}
+	return spec(figure, "downtime", results.Axis{Column: "downtime", Label: "Downtime", Unit: "ms", Scale: 1e3, Log: true}), []results.FigureSpec{
+		spec(figure+"-blocktime", "waits afterwards", results.Axis{Column: "blocktime", Label: "Sum of waits after the hand-over", Unit: "ms", Scale: 1e3}),
+		spec(figure+"-recovery", "time to 90 % of the throughput before", results.Axis{Column: "time_to_90", Label: "Time to 90 %", Unit: "s"}),
+		spec(figure+"-total", "until the source may exit", results.Axis{Column: "total_time", Label: "Total time", Unit: "s", Log: true}),
+		spec(figure+"-local", "until nine tenths are local", results.Axis{Column: "local_90", Label: "Time to 90 % local", Unit: "s"}),
+		spec(figure+"-bytes", "bytes sent", results.Axis{Column: "wire_tx_bytes", Label: "Bytes on the wire", Unit: "MB", Scale: 1e-6}),
+		spec(figure+"-writer", "slowdown of the application before", results.Axis{Column: "writer_slowdown", Label: "Writes due by writes made"}),
+	}
+}
+
+// modesAndReopen are the ways that are compared.
+var modesAndReopen = [...]string{"hybrid", "pre-copy", "post-copy", "stop-and-copy", "managed-mount"}
+
+func migrationDowntime() Figure {
+	f := Figure{Variants: []string{Network}}
+	f.Spec, f.More = migrationPictures("migration-downtime", "Migration by RTT", rttAxis(),
+		"1 Gbit/s; the application writes 20 MB/s in random order. Managed mount: the application stops, the destination mounts, it goes on there. Downtime: last write here to first write there.")
+	f.Cells = func(_ string, quick bool) []*Cell {
+		size := int64(256 << 20)
+		if quick {
+			size = 64 << 20
+		}
+		var cells []*Cell
+		for _, rtt := range points(quick, []int{1, 5, 20, 40, 100}) {
+			for _, mode := range modesAndReopen {
+				c := migrateCell("migration-downtime", mode, size, "dirty_rate=20MB")
+				c.Link.RTT = time.Duration(rtt) * time.Millisecond
+				cells = append(cells, c)
+			}
+		}
+		return cells
+	}
+	return f
+}
+
+func migrationDirtyRate() Figure {
+	rates := []string{"0", "5MB", "20MB", "40MB", "60MB", "100MB"}
+	f := Figure{Variants: []string{Network}}
+	f.Spec, f.More = migrationPictures("migration-dirty-rate", "Migration by what the application writes",
+		results.Axis{Column: "params.dirty_rate", Label: "Distinct bytes written a second, of a link of 125 MB/s", Category: true, Categories: []string{"0", "5000000", "20000000", "40000000", "60000000", "100000000"}},
+		"20 ms, 1 Gbit/s, random order.")
+	f.Cells = func(_ string, quick bool) []*Cell {
+		size, rates := int64(256<<20), rates
+		if quick {
+			size, rates = 64<<20, []string{"0", "20MB", "60MB"}
+		}
+		var cells []*Cell
+		for _, rate := range rates {
+			for _, mode := range modesAndReopen {
+				cells = append(cells, migrateCell("migration-dirty-rate", mode, size, "dirty_rate="+rate))
+			}
+		}
+		return cells
+	}
+	return f
+}
+
+func migrationSize() Figure {
+	f := Figure{Variants: []string{Network}}
+	f.Spec, f.More = migrationPictures("migration-size", "Migration by size",
+		results.Axis{Column: "region_bytes", Label: "Region", Category: true}, "20 ms, 1 Gbit/s; 20 MB/s in random order.")
+	f.Cells = func(_ string, quick bool) []*Cell {
+		sizes := []int64{64 << 20, 256 << 20, 1 << 30}
+		if quick {
+			sizes = []int64{16 << 20, 64 << 20, 256 << 20}
+		}
+		var cells []*Cell
+		for _, size := range sizes {
+			for _, mode := range modesAndReopen {
+				cells = append(cells, migrateCell("migration-size", mode, size, "dirty_rate=20MB"))
+			}
+		}
+		return cells
+	}
+	return f
+}
+
+// migrationFinalize compares when to stop the application.
+func migrationFinalize() Figure {
+	shares := []float64{0.25, 0.5, 0.75, 0.9, 1}
+	writers := []results.FigureSeries{{Key: "random", Label: "random"}, {Key: "zipf", Label: "hot set"}, {Key: "burst", Label: "bursts"}, {Key: "log", Label: "log"}}
+	spec := func(name, label string, y results.Axis) results.FigureSpec {
+		return results.FigureSpec{Name: name, Figure: "migration-finalize", Title: "When to finalise: " + label, Kind: results.FigureBar,
+			X: results.Axis{Column: "params.finalize_at", Label: "Share of the region that is pulled before", Category: true}, Y: y,
+			Where: map[string][]string{"params.finalize": {policyPercentName}},
+			Keys:  []string{"params.writer"}, Series: writers, Note: "Hybrid, 20 ms, 1 Gbit/s; 20 MB/s."}
+	}
+	adaptive := func(name, label string, y results.Axis) results.FigureSpec {
+		s := spec(name, label, y)
+		s.Title = "When to finalise, by what is asked for: " + label
+		s.X = results.Axis{Column: "params.max_downtime", Label: "max_downtime", Category: true, Categories: adaptiveLimits[:]}
+		s.Where = map[string][]string{"params.finalize": {"adaptive"}}
+		s.Note = "Pre-copy, 20 ms, 1 Gbit/s; 20 MB/s. Rounds go on until the downtime that is foreseen is within max_downtime, or rounds do not get shorter."
+		return s
+	}
+	down := results.Axis{Column: "downtime", Label: "Downtime", Unit: "ms", Scale: 1e3}
+	f := Figure{Variants: []string{Network}, Spec: spec("migration-finalize", "downtime", down)}
+	f.More = []results.FigureSpec{
+		spec("migration-finalize-blocktime", "waits afterwards", results.Axis{Column: "blocktime", Label: "Sum of waits after the hand-over", Unit: "ms", Scale: 1e3}),
+		spec("migration-finalize-total", "until the source may exit", results.Axis{Column: "total_time", Label: "Total time", Unit: "s"}),
+		spec("migration-finalize-bytes", "bytes sent", results.Axis{Column: "wire_tx_bytes", Label: "Bytes on the wire", Unit: "MB", Scale: 1e-6}),
+		adaptive("migration-finalize-adaptive", "downtime", down),
+		adaptive("migration-finalize-adaptive-bytes", "bytes sent", results.Axis{Column: "wire_tx_bytes", Label: "Bytes on the wire", Unit: "MB", Scale: 1e-6}),
+	}
+	f.Cells = func(_ string, quick bool) []*Cell {
+		size, shares, limits := int64(256<<20), shares, adaptiveLimits[:]
+		if quick {
+			size, shares, limits = 64<<20, []float64{0.5, 1}, []string{"60ms", "300ms"}
+		}
+		var cells []*Cell
+		for _, w := range writers {
+			for _, share := range shares {
+				cells = append(cells, migrateCell("migration-finalize", "hybrid", size, "writer="+w.Key, fmt.Sprintf("finalize_at=%g", share)))
+			}
+			for _, limit := range limits {
+				cells = append(cells, migrateCell("migration-finalize", "pre-copy", size, "writer="+w.Key, "finalize=adaptive", "max_downtime="+limit))
+			}
+		}
+		return cells
+	}
+	return f
+}
+
+const policyPercentName = "percent"
+
+// adaptiveLimits are the downtimes that are asked for.
+var adaptiveLimits = [...]string{"60ms", "100ms", "300ms", "1s"}
