@@ -101,7 +101,7 @@ func (e *Encoder) stream(p Piece) []byte {
 	if (e.mode != Auto && e.mode != Moved) || p.Index == nil || p.Usable == nil || len(s) < len(p.New)/2 {
 		return s
 	}
-	if e.barren >= 4 && e.barren%32 != 0 { // nothing moves here; look again now and then
+	if !e.Searches() {
 		e.barren++
 		return s
 	}
@@ -111,7 +111,9 @@ func (e *Encoder) stream(p Piece) []byte {
 	if e.barren > 0 {
 		patience = 64 << 10
 	}
-	m := e.write(1, p, func(w *writer) { found = p.Index.moved(w, p.Usable, patience) })
+	m := e.write(1, p, func(w *writer) {
+		found = p.Index.moved(w, func(_ int, off, n int64) bool { return p.Usable(off, n) }, patience)
+	})
 	if found == 0 {
 		e.barren++
 		return s
@@ -121,6 +123,15 @@ func (e *Encoder) stream(p Piece) []byte {
 		return m
 	}
 	return s
+}
+
+// Searches reports whether the next piece, where most of it has changed, is
+// searched for blocks that have moved.
+func (e *Encoder) Searches() bool {
+	if e.mode != Auto && e.mode != Moved {
+		return false
+	}
+	return e.barren < 4 || e.barren%32 == 0 // where nothing moves look again now and then
 }
 
 // blocks leaves out the blocks that the other side has in the same place, and zeroes.

@@ -26,7 +26,7 @@ type Index struct {
 	filter []uint64 // a bit for each value of the low bits of a weak sum that occurs
 	lookup map[uint32]int32
 	next   []int32 // another block with the same weak sum; -1 ends
-	fresh  bool    // filter, lookup and next are up to date
+	fresh  bool    // filter, lookup and next are of this round
 }
 
 // NewIndex returns the index of a region of size bytes of which nothing is known.
@@ -43,7 +43,25 @@ func (x *Index) Update(off int64, p []byte) {
 		x.weak[i], x.strong[i] = weak(p[:n]), strong(p[:n])
 		p = p[n:]
 	}
-	x.fresh = false
+}
+
+// Round says that a round begins: until the next one moved blocks are searched
+// among those that are known now, as far as they have not been replaced.
+func (x *Index) Round() { x.fresh = false }
+
+// Whence tells where the blocks of p, which are to go to off, are on the other
+// side: how many bytes of them below where they go, and how many there or above.
+func (x *Index) Whence(p []byte, off int64) (below, above int64) {
+	w := writer{piec: p}
+	x.moved(&w, func(at int, from, n int64) bool {
+		if from < off+int64(at) {
+			below += n
+		} else {
+			above += n
+		}
+		return true
+	}, len(p))
+	return below, above
 }
 
 func strong(p []byte) [16]byte { return xxh3.Hash128(p).Bytes() }
@@ -107,9 +125,9 @@ func (x *Index) find(w uint32, p []byte) (off int64, ok bool) {
 }
 
 // moved writes the piece as copies of old blocks, at any offset, and the rest as
-// new bytes. usable says which part of the old region the decoder still has. It
-// returns how many bytes it found.
-func (x *Index) moved(w *writer, usable func(off, n int64) bool, patience int) (found int) {
+// new bytes. usable says whether the decoder can copy n bytes from off to byte at of the
+// piece. It returns how many bytes it found.
+func (x *Index) moved(w *writer, usable func(at int, off, n int64) bool, patience int) (found int) {
 	x.refresh()
 	p := w.piec
 	pos, lit := 0, 0 // lit is the first byte not written yet
@@ -118,7 +136,7 @@ func (x *Index) moved(w *writer, usable func(off, n int64) bool, patience int) (
 		a, b := sum&0xffff, sum>>16
 		hit := false
 		for pos-lit < patience {
-			if off, ok := x.find(a&0xffff|b<<16, p[pos:pos+Block]); ok && usable(off, Block) {
+			if off, ok := x.find(a&0xffff|b<<16, p[pos:pos+Block]); ok && usable(pos, off, Block) {
 				w.add(opNew, pos-lit, 0)
 				w.add(opCopy, Block, off)
 				pos += Block

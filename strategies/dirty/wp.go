@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"unsafe"
 
@@ -108,8 +110,17 @@ func (d *pagemap) Add(w Writer) error {
 
 func (d *pagemap) Collect(ctx context.Context, found func(off, n int64)) error {
 	var ranges [][2]int64
-	for i, w := range d.writers {
-		if err := d.scan(ctx, d.maps[i], w, func(lo, hi int64) { ranges = append(ranges, [2]int64{lo, hi}) }); err != nil {
+	for i := 0; i < len(d.writers); i++ {
+		w := d.writers[i]
+		err := d.scan(ctx, d.maps[i], w, func(lo, hi int64) { ranges = append(ranges, [2]int64{lo, hi}) })
+		if d.ended(i) {
+			// Its last stores are in the file, and what knew of them is gone: all may have changed.
+			d.all = true
+			err = errors.Join(closeUffds(d.writers[i:i+1]), d.maps[i].Close())
+			d.writers, d.maps = slices.Delete(d.writers, i, i+1), slices.Delete(d.maps, i, i+1)
+			i--
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -117,6 +128,14 @@ func (d *pagemap) Collect(ctx context.Context, found func(off, n int64)) error {
 		merge(ranges, int64(len(d.r.Mem)), found)
 	}
 	return nil
+}
+
+// ended reports whether writer i has no memory any more: then its page map has no
+// entries. Where it has some, a scan that went before has seen its stores.
+func (d *pagemap) ended(i int) bool {
+	var entry [8]byte
+	n, err := d.maps[i].ReadAt(entry[:], int64(d.writers[i].Base)/region.PageSize()*8)
+	return n == 0 && (err == nil || errors.Is(err, io.EOF))
 }
 
 func (d *pagemap) scan(ctx context.Context, f *os.File, w Writer, found func(lo, hi int64)) error {

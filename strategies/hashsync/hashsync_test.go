@@ -3,6 +3,7 @@ package hashsync
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -517,6 +518,91 @@ func TestNoTear(t *testing.T) {
 	wg.Wait()
 	if changes.Load() < 50 {
 		t.Errorf("only %d changes were seen in %d reads", changes.Load(), reads.Load())
+	}
+}
+
+// Apportioned reads: a reader may ask any node of a chain, and is never told less than
+// the round that it names; a node that cannot have that round lets it wait.
+func TestReads(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector does not know sequence locks")
+	}
+	ctx := within(t)
+	const chunk, chunks = 4096, 16
+	m := newMemory(chunk * chunks)
+	clear(m.b)
+	s := source(t, m, SourceOptions{Chunk: chunk, Interval: time.Millisecond})
+	up := listen(t, s.Serve)
+	var nodes []*follower
+	for range 3 {
+		d := follows(t, up, nil)
+		nodes, up = append(nodes, d), listen(t, d.Serve)
+	}
+	if err := nodes[2].Wait(ctx, 1); err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	var round uint64          // the latest that Sync returned
+	var known [chunks]uint64  // what the chunks had then
+	var reads [3]atomic.Int64 // by node
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for i := range 2 {
+		r := rand.New(rand.NewPCG(seed(t), uint64(i)))
+		wg.Go(func() {
+			var seen [chunks]uint64 // by this reader, at any node
+			var newest uint64
+			for p := make([]byte, 8); ; {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				mu.Lock()
+				least, floor := max(round, newest), known
+				mu.Unlock()
+				k, c := r.IntN(len(nodes)), r.IntN(chunks)
+				_, v, err := nodes[k].ReadAt(ctx, p, int64(c)*chunk, least)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				got := binary.NativeEndian.Uint64(p)
+				if got < floor[c] || got < seen[c] {
+					t.Errorf("node %d, chunk %d, at least round %d: %d, known %d, seen %d", k, c, least, got, floor[c], seen[c])
+					return
+				}
+				newest, seen[c] = max(newest, v), got
+				reads[k].Add(1)
+			}
+		})
+	}
+	for i := uint64(1); i <= 200; i++ {
+		c := i % chunks
+		m.write(binary.NativeEndian.AppendUint64(nil, i), int64(c)*chunk)
+		at, err := s.Sync(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mu.Lock()
+		round, known[c] = at, i
+		mu.Unlock()
+	}
+	close(stop)
+	wg.Wait()
+	for k := range reads {
+		if reads[k].Load() == 0 {
+			t.Errorf("node %d was never asked", k)
+		}
+	}
+	// The tail is stable: it has every round that Stable says any node has.
+	if st := nodes[0].Stable(); nodes[2].node.current.Load() < st {
+		t.Errorf("round %d is said to be everywhere, the tail has %d", st, nodes[2].node.current.Load())
+	}
+	wait, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+	defer cancel()
+	if _, _, err := nodes[2].ReadAt(wait, make([]byte, 8), 0, round+1_000_000); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a round that is not there yet: %v", err)
 	}
 }
 

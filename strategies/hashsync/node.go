@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"sync"
@@ -122,10 +123,11 @@ func (n *node) sum(p []byte) []byte {
 	return n.digests[:k]
 }
 
-// check is what tells a damaged piece: the digest of the digests of its chunks.
-func (n *node) check(digests []byte) (c [checkSize]byte) {
+// check is what tells a piece that was damaged, or that belongs elsewhere: the
+// digest of its offset and of the digests of its chunks.
+func (n *node) check(off int64, digests []byte) (c [checkSize]byte) {
 	d := make([]byte, max(n.f.Size, checkSize))
-	n.f.Sum(d, digests)
+	n.f.Sum(d, append(binary.BigEndian.AppendUint64(nil, uint64(off)), digests...))
 	copy(c[:], d)
 	return c
 }
@@ -154,7 +156,7 @@ func (n *node) publish(ctx context.Context, lo int64, p, digests, body []byte) {
 			continue
 		}
 		if *b == nil {
-			msg := piece{off: lo * n.chunk, n: len(p), check: n.check(digests), body: body}
+			msg := piece{off: lo * n.chunk, n: len(p), check: n.check(lo*n.chunk, digests), body: body}
 			if !synced {
 				msg.body = n.whole.Encode(delta.Piece{New: p, Off: msg.off}, 0)
 				n.stats.FilledBytes += int64(len(p))

@@ -212,7 +212,10 @@ func (r *Replica) handle(ctx context.Context, f frame) (answers []frame, err err
 			return nil, protocol("round %d after round %d", f.round, n.round)
 		}
 		n.round = f.round
-		if err := r.apply(ctx, p); err != nil {
+		// Pages of its file may be taken only now.
+		if err := hash.Guard(func() error { return r.apply(ctx, p) }); errors.Is(err, unix.EIO) {
+			return nil, fmt.Errorf("change %d bytes at %d of the replica's file, for which there may be no room: %w", p.n, p.off, err)
+		} else if err != nil {
 			r.damaged = true // the end of the round will ask for repair
 			n.mu.Lock()
 			n.stats.Mismatches++
@@ -239,9 +242,6 @@ func (r *Replica) apply(ctx context.Context, p piece) error {
 	now := r.mem[p.off : p.off+int64(p.n)]
 	next := r.spare[:p.n]
 	err := r.dec.Decode(next, now, p.body, func(b []byte, off int64) error {
-		if off < p.off {
-			return fmt.Errorf("offset %d is before the piece at %d and may be new already: %w", off, p.off, region.ErrOutOfRange)
-		}
 		if err := region.CheckRange(off, int64(len(b)), n.size); err != nil {
 			return err
 		}
@@ -252,9 +252,24 @@ func (r *Replica) apply(ctx context.Context, p piece) error {
 		return err
 	}
 	d := n.sum(next)
-	if n.check(d) != p.check {
+	if n.check(p.off, d) != p.check {
 		return fmt.Errorf("piece of %d bytes at %d: %w", p.n, p.off, region.ErrMismatch)
 	}
+	r.store(p, next, d)
+	n.mu.Lock()
+	n.stats.DeltaBytes += int64(len(p.body))
+	n.stats.Changed += int64(p.n)
+	relays := len(n.sessions) > 0
+	n.mu.Unlock()
+	if relays {
+		n.publish(ctx, p.off/n.chunk, next, d, p.body)
+	}
+	return nil
+}
+
+// store puts the new version of a piece, with the digests d, in place.
+func (r *Replica) store(p piece, next, d []byte) {
+	n, now := r.node, r.mem[p.off:p.off+int64(p.n)]
 	size := n.f.Size
 	for i, at := p.off/n.chunk, int64(0); at < int64(p.n); i, at = i+1, at+n.chunk {
 		k := int(at/n.chunk) * size
@@ -267,15 +282,6 @@ func (r *Replica) apply(ctx context.Context, p piece) error {
 		copy(n.entry(i, i+1), d[k:k+size])
 		atomic.StoreUint64(&r.versions[i], n.round<<1)
 	}
-	n.mu.Lock()
-	n.stats.DeltaBytes += int64(len(p.body))
-	n.stats.Changed += int64(p.n)
-	relays := len(n.sessions) > 0
-	n.mu.Unlock()
-	if relays {
-		n.publish(ctx, p.off/n.chunk, next, d, p.body)
-	}
-	return nil
 }
 
 // end ends a round: the region must have the source's digest.
@@ -391,7 +397,7 @@ func Follow(ctx context.Context, dial func(ctx context.Context) (net.Conn, error
 			return context.Cause(ctx)
 		case errors.As(err, &refused) && !ready(replicas): // it never worked
 			return err
-		case errors.Is(err, region.ErrMissing), errors.Is(err, region.ErrMismatch), errors.Is(err, errResized), errors.Is(err, errProtocol), errors.Is(err, unix.ENOSPC):
+		case errors.Is(err, region.ErrMissing), errors.Is(err, region.ErrMismatch), errors.Is(err, errResized), errors.Is(err, errProtocol), errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EIO):
 			return err
 		}
 		if time.Since(began) > time.Second {

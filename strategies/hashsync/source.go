@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"net"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -209,18 +211,18 @@ func (s *Source) cycle(ctx context.Context, look, force bool) (more bool, err er
 		if err != nil {
 			return false, err
 		}
-		for at := int64(0); ; {
-			lo, hi, ok := set.Next(at, n.perPiece())
-			if !ok {
-				break
-			}
+		pieces, err := s.pieces(ctx, set)
+		if err != nil {
+			return false, err
+		}
+		for lo, hi := range pieces {
 			if err := ctx.Err(); err != nil {
 				return false, err
 			}
 			if err := emit(lo, hi); err != nil {
 				return false, err
 			}
-			at, sent = hi, true
+			sent = true
 		}
 	}
 	filled, more, err := n.fill(ctx, emit)
@@ -233,6 +235,64 @@ func (s *Source) cycle(ctx context.Context, look, force bool) (more bool, err er
 	}
 	n.finish()
 	return more, nil
+}
+
+// pieces are the runs of chunks of set, in the order in which they are sent. A
+// piece may be made of what the other side has anywhere, but not of what an
+// earlier piece has replaced: so where bytes have moved up (an insertion) the last
+// piece goes first.
+func (s *Source) pieces(ctx context.Context, set *chunk.Set) (iter.Seq2[int64, int64], error) {
+	n := s.node
+	s.index.Round()
+	var longest, at, from int64 // the longest run, and the middle of it
+	for {
+		lo, hi, ok := set.Next(from, n.chunks())
+		if !ok {
+			break
+		}
+		if hi-lo > longest {
+			longest, at = hi-lo, (lo+hi)/2
+		}
+		from = hi
+	}
+	up := false
+	if longest > n.perPiece() && s.enc.Searches() {
+		off, length := n.extent(at, min(at+n.perPiece(), n.chunks()))
+		if err := s.take(ctx, off, n.stage[:length]); err != nil {
+			return nil, err
+		}
+		below, above := s.index.Whence(n.stage[:length], off)
+		up = below > above
+	}
+	each := func(yield func(lo, hi int64) bool) {
+		for lo, hi, ok := set.Next(0, n.perPiece()); ok; lo, hi, ok = set.Next(hi, n.perPiece()) {
+			if !yield(lo, hi) {
+				return
+			}
+		}
+	}
+	if !up {
+		return each, nil
+	}
+	var runs [][2]int64
+	for lo, hi := range each {
+		runs = append(runs, [2]int64{lo, hi})
+	}
+	return func(yield func(lo, hi int64) bool) {
+		for _, r := range slices.Backward(runs) {
+			if !yield(r[0], r[1]) {
+				return
+			}
+		}
+	}, nil
+}
+
+// take copies bytes of the region, which may change at any moment.
+func (s *Source) take(ctx context.Context, off int64, p []byte) error {
+	if err := hash.Guard(func() error { return s.read(ctx, p, off) }); err != nil {
+		return fmt.Errorf("read %d bytes at %d: %w", len(p), off, err)
+	}
+	return nil
 }
 
 // changed returns the chunks to look at: those that the detector names or, where
@@ -284,15 +344,15 @@ func (s *Source) emit(ctx context.Context, lo, hi int64) error {
 	n := s.node
 	off, length := n.extent(lo, hi)
 	p := n.stage[:length]
-	if err := hash.Guard(func() error { return n.read(ctx, p, off) }); err != nil {
-		return fmt.Errorf("read %d bytes at %d: %w", length, off, err)
+	if err := s.take(ctx, off, p); err != nil {
+		return err
 	}
 	d := n.sum(p)
 	var body []byte
 	if !bytes.Equal(d, n.entry(lo, hi)) {
 		body = []byte{0} // changed; nobody reads it where nobody is equal so far
 		if rate, any := n.slowest(); any {
-			pc := delta.Piece{New: p, Off: off, Index: s.index, Usable: func(o, k int64) bool { return o >= off && o+k <= n.size }}
+			pc := delta.Piece{New: p, Off: off, Index: s.index, Usable: func(o, k int64) bool { return o+k <= n.size }}
 			if s.shadow != nil {
 				pc.Old = s.shadow[off : off+length]
 			}
