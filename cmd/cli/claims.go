@@ -166,12 +166,12 @@ func printClaims(s *state, j judged, all bool) error {
 		if o.Reason != "" {
 			words += " [" + o.Reason + "]"
 		}
-		c, ok := o.Deciding()
-		if !ok {
+		c := o.Deciding()
+		if c == nil {
 			fmt.Fprintln(w, strings.Join([]string{o.ID, o.Variant, string(o.Verdict), "–", "–", "–", "", "", "0", "", words}, "\t"))
 			continue
 		}
-		line(o.ID, o.Variant, string(o.Verdict), c, words)
+		line(o.ID, o.Variant, string(o.Verdict), *c, words)
 		if all {
 			for _, c := range o.Checks {
 				verdict := "no"

@@ -125,7 +125,7 @@ func runCompare(s *state, o *compareOptions, oldDir, newDir string) error {
 	if err != nil {
 		return exitWith(exitUsage, fmt.Errorf("%s and %s: %w", oldDir, newDir, err))
 	}
-	out := report(c, o.alpha, o.threshold)
+	out := deltas(c, o.alpha, o.threshold)
 	out.Old, out.New = oldDir, newDir
 	if o.json {
 		e := json.NewEncoder(s.stdout)
@@ -170,7 +170,7 @@ func drawnMetrics(s *state) map[string][]string {
 	return drawn
 }
 
-func report(c results.Comparison, alpha, threshold float64) comparison {
+func deltas(c results.Comparison, alpha, threshold float64) comparison {
 	cols := c.Columns()
 	cell := func(r results.Row) map[string]string {
 		m := map[string]string{}

@@ -315,6 +315,13 @@ func show(s *state, dir string, figures []scenarios.Figure, variants []string) e
 			fmt.Fprintln(s.stdout)
 		}
 	}
+	drawn := drawnMetrics(s)
+	for _, d := range results.Drifts(rows, func(figure, metric string) bool { return slices.Contains(drawn[figure], metric) }) {
+		if d.Disturbed() {
+			fmt.Fprintf(s.stderr, "the machine was not the same all the time: %s moved by %.0f %% from the first half of the runs to the second (p %.2g)\n",
+				d.Metric, 100*d.Change.Float(), d.P.Float())
+		}
+	}
 	fmt.Fprintln(s.stdout, "records:", filepath.Join(dir, results.RunsFile))
 	return nil
 }

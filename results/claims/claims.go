@@ -201,9 +201,10 @@ func bootstrap(seed string, checks []check, made []Check) float64 {
 	return float64(agree) / draws
 }
 
-// Deciding returns the check that says most about the verdict: one that fails where the claim does not
-// hold, and of several the one nearest to the other verdict.
-func (o Outcome) Deciding() (Check, bool) {
+// Deciding returns the check that says most about the verdict: one that fails where the
+// claim does not hold, and of several the clearest; else the one nearest to failing. It
+// is nil where nothing was measured.
+func (o Outcome) Deciding() *Check {
 	best, at := math.Inf(1), -1
 	for i, c := range o.Checks {
 		v, ok := c.Ours.Get()
@@ -219,7 +220,7 @@ func (o Outcome) Deciding() (Check, bool) {
 		}
 	}
 	if at < 0 {
-		return Check{}, false
+		return nil
 	}
-	return o.Checks[at], true
+	return &o.Checks[at]
 }

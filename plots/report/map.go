@@ -1,0 +1,132 @@
+package report
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+
+	"memsync/results"
+)
+
+// decisionMap says which strategy is best at each RTT and rate, by one metric.
+type decisionMap struct {
+	Title string
+	Note  string
+	Rates []float64 // Mbit/s, columns
+	Lines []mapLine
+}
+
+type mapLine struct {
+	RTT   float64 // ms
+	Cells []mapCell
+}
+
+// mapCell is the best at one link.
+type mapCell struct {
+	Best  []string // one, or those that the runs cannot tell apart
+	Style int      // of the first
+	Text  string   // its median, and by how much it is better than the next
+}
+
+// mapFigure is the figure that varies both.
+const mapFigure = "rtt-and-rate"
+
+// decisionMaps makes the maps from the runs of mapFigure; none where there are none.
+func decisionMaps(rows []results.Row) []decisionMap {
+	var out []decisionMap
+	for _, m := range []struct{ metric, title string }{
+		{"time_to_last_byte", "Soonest to have all of the region"},
+		{"latency_first_chunk", "Soonest to have the first page"},
+	} {
+		if d, ok := newMap(rows, m.metric, m.title); ok {
+			out = append(out, d)
+		}
+	}
+	return out
+}
+
+type contender struct {
+	name   string
+	better results.Better
+	results.Summary
+}
+
+func newMap(rows []results.Row, metric, title string) (decisionMap, bool) {
+	def, _ := results.MetricByName(metric) // the list above names metrics
+	type link struct{ rtt, rate float64 }
+	values := map[link]map[string][]float64{}
+	var rtts, rates []float64
+	var strategies []string
+	var region int64
+	add := func(list []float64, v float64) []float64 {
+		if slices.Contains(list, v) {
+			return list
+		}
+		return append(list, v)
+	}
+	for _, r := range rows {
+		v, ok := r.Value.Get()
+		if r.Figure != mapFigure || r.Metric != metric || r.Status != results.StatusOK || !ok {
+			continue
+		}
+		if metric == "time_to_last_byte" { // a run whose time was over first read less
+			v /= float64(r.RegionBytes)
+		}
+		at := link{r.RTTms, r.RateMbit}
+		if values[at] == nil {
+			values[at] = map[string][]float64{}
+		}
+		values[at][r.Strategy] = append(values[at][r.Strategy], v)
+		rtts, rates, region = add(rtts, r.RTTms), add(rates, r.RateMbit), r.RegionBytes
+		if !slices.Contains(strategies, r.Strategy) {
+			strategies = append(strategies, r.Strategy)
+		}
+	}
+	if len(values) == 0 {
+		return decisionMap{}, false
+	}
+	slices.Sort(rtts)
+	slices.Sort(rates)
+	slices.Sort(strategies)
+	d := decisionMap{Title: title, Rates: rates,
+		Note: fmt.Sprintf("Median of the runs of %s, regions of %d MiB read in sequence. Where the 95 %% intervals of several overlap, all are named.", mapFigure, region>>20)}
+	for _, rtt := range rtts {
+		line := mapLine{RTT: rtt}
+		for _, rate := range rates {
+			var all []contender
+			for name, v := range values[link{rtt, rate}] {
+				all = append(all, contender{name, def.Better, results.Summarize(v)})
+			}
+			line.Cells = append(line.Cells, best(all, strategies))
+		}
+		d.Lines = append(d.Lines, line)
+	}
+	return d, true
+}
+
+// best names the winner, with those that are not told apart from it.
+func best(all []contender, strategies []string) mapCell {
+	slices.SortFunc(all, func(a, b contender) int {
+		c := cmp.Compare(a.Median.Float(), b.Median.Float())
+		if a.better == results.Higher {
+			c = -c
+		}
+		return cmp.Or(c, cmp.Compare(a.name, b.name))
+	})
+	if len(all) == 0 {
+		return mapCell{Text: "no runs", Style: -1}
+	}
+	first := all[0]
+	c := mapCell{Best: []string{first.name}, Style: slices.Index(strategies, first.name)}
+	for _, o := range all[1:] {
+		low, okLow := o.CILow.Get()
+		high, okHigh := first.CIHigh.Get()
+		if !okLow || !okHigh || low <= high { // too few runs tell nothing apart
+			c.Best = append(c.Best, o.name)
+			continue
+		}
+		c.Text = fmt.Sprintf("%.3g times sooner than %s", o.Median.Float()/first.Median.Float(), o.name)
+		break
+	}
+	return c
+}
