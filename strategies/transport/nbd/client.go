@@ -32,7 +32,8 @@ const (
 // more with several connections a request is cut into as many pieces as there are
 // connections: each of them may send about 14 KB before the first acknowledgement
 // (RFC 6928), so that 16 bring 200 KB in the first round trip, where one brings
-// them in four. Demand requests take the least
+// them in four. Background pieces grow with what the connections have carried, as
+// TCP's windows do: short ones only cost system calls then. Demand requests take the least
 // loaded connection. Background requests (region.Prefetch, region.Push) keep to
 // the window, and off the first connection where there are several.
 // Beside Store it offers what the server supports of region.Extenter, Zeroer,
@@ -42,7 +43,8 @@ type Client struct {
 	conns  []*conn
 	ro     bool
 	bg     *flow.Window
-	far    bool // the path is long, requests are spread over the connections
+	far    bool            // the path is long, requests are spread over the connections
+	moved  [2]atomic.Int64 // bytes of background reads and writes so far
 	calls  sync.Pool
 	rmw    sync.RWMutex // writes that are smaller than a block, against all others
 	closed atomic.Bool
@@ -455,7 +457,12 @@ func (c *Client) transfer(ctx context.Context, cmd command, flags uint16, dst, s
 		piece = c.bg.Piece()
 	}
 	if c.far {
-		piece = min(piece, max(spreadPiece, region.RoundUp((n+int64(len(c.conns))-1)/int64(len(c.conns)), 4096)))
+		conns := int64(len(c.conns))
+		least := int64(spreadPiece)
+		if class != region.Demand {
+			least = max(least, c.moved[direction(cmd)].Load()/conns&^(spreadPiece-1))
+		}
+		piece = min(piece, max(least, region.RoundUp((n+conns-1)/conns, spreadPiece)))
 	}
 	piece = max(min(piece, c.export.Blocks.Maximum)&^(c.export.Blocks.Minimum-1), c.export.Blocks.Minimum)
 	payload := len(dst) > 0 || len(src) > 0
@@ -466,6 +473,14 @@ func (c *Client) transfer(ctx context.Context, cmd command, flags uint16, dst, s
 		return c.single(ctx, class, cmd, flags, nil, nil, off, n)
 	}
 	return c.pieces(ctx, class, cmd, flags, dst, src, off, n, piece)
+}
+
+// direction is that of a command's payload, for Client.moved.
+func direction(cmd command) int {
+	if cmd == cmdWrite {
+		return 1
+	}
+	return 0
 }
 
 func (c *Client) single(ctx context.Context, class region.Class, cmd command, flags uint16, dst, src []byte, off, n int64) error {
@@ -501,6 +516,7 @@ func (c *Client) pieces(ctx context.Context, class region.Class, cmd command, fl
 			took := time.Duration(0)
 			if err == nil {
 				took = f.k.at.Sub(f.sent)
+				c.moved[direction(cmd)].Add(f.n)
 			}
 			c.bg.Release(f.n, took)
 		}

@@ -381,6 +381,10 @@ func (c *conn) lead(ctx context.Context, own *call) {
 	for err == nil {
 		c.rd.Lock()
 		err = c.process(own)
+		missing := uint64(0)
+		if c.part.k != nil {
+			missing = c.part.left
+		}
 		c.rd.Unlock()
 		if err != nil {
 			break
@@ -399,6 +403,9 @@ func (c *conn) lead(ctx context.Context, own *call) {
 				return
 			}
 			c.mu.Unlock()
+		}
+		if err = c.l.mark(missing); err != nil {
+			break
 		}
 		if err = c.l.await(c.expect(), 0); err == errInterrupted {
 			err = nil

@@ -24,6 +24,7 @@ const (
 	maxIovecs   = 2 * batchReplies
 	quick       = 64 << 10 // bytes that a call which does not wait copies without telling the Go scheduler: about 20 us
 	headLimit   = 4 << 10  // read ahead of such a payload, so that little of it is copied
+	lowWater    = 64 << 10 // of a payload, for which it is worth to wake up
 )
 
 var (
@@ -48,6 +49,8 @@ type link struct {
 	buf     []byte
 	r, w    int  // buf[r:w] is read but not consumed
 	drained bool // the last receive took all there was
+	tcp     bool // raw is a TCP socket
+	low     int  // its low-water mark; 0 is the kernel's, 1
 
 	spin spinner // of who reads
 
@@ -94,7 +97,7 @@ func (l *link) enterTransmission(interruptible bool) error {
 	var sc syscall.Conn
 	switch c := l.out.Conn.(type) { // exact types: a wrapper's own Read must be called
 	case *net.TCPConn:
-		sc = c
+		sc, l.tcp = c, true
 	case *net.UnixConn:
 		sc = c
 	default:
@@ -115,7 +118,7 @@ func (l *link) enterTransmission(interruptible bool) error {
 		return err
 	}
 	if interruptible {
-		tv := unix.NsecToTimeval(int64(cancelPoll))
+		tv := unix.NsecToTimeval(int64(recvPoll))
 		if err := unix.SetsockoptTimeval(int(own.Fd()), unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 			own.Close()
 			return os.NewSyscallError("setsockopt SO_RCVTIMEO", err)
@@ -295,8 +298,29 @@ func (l *link) poll(timeout time.Duration) error {
 	}
 }
 
+// mark says that n bytes are missing to the end of a message. The next await of a
+// TCP socket then ends when lowWater of them are there, or all, and not with every
+// packet: a wake-up costs more than the packet (SO_RCVLOWAT, socket(7)). Only for
+// waits without a timeout, which would take a slow peer for a stalled one.
+func (l *link) mark(n uint64) error {
+	if !l.tcp {
+		return nil
+	}
+	low := int(min(n, lowWater))
+	if low < lowWater/4 {
+		low = 0 // saves less than the two calls
+	}
+	if low == l.low || l.low > 0 && l.low <= low { // a lower mark than could be is no harm
+		return nil
+	}
+	l.low = low
+	var set error
+	err := l.raw.Control(func(fd uintptr) { set = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVLOWAT, max(low, 1)) })
+	return errors.Join(err, os.NewSyscallError("setsockopt SO_RCVLOWAT", set))
+}
+
 // interrupt ends an await that is under way, or else the next one; on a socket
-// up to cancelPoll later.
+// up to recvPoll later.
 func (l *link) interrupt() {
 	if l.raw == nil {
 		l.conn.SetReadDeadline(time.Unix(1, 0))
@@ -456,6 +480,9 @@ func (l *link) sendSlow(ctx context.Context, bufs [][]byte, begun bool) error {
 
 // cancelPoll is how often who waits for the peer looks at its context.
 const cancelPoll = 10 * time.Millisecond
+
+// recvPoll is the same for who waits for replies, which many threads do at once.
+const recvPoll = 50 * time.Millisecond
 
 func (l *link) sendSlowRaw(ctx context.Context, bufs [][]byte, begun bool) error {
 	t := l.out
