@@ -54,7 +54,8 @@ func stages(t *testing.T, below *byteStore, chunk int64) map[string]region.Store
 	}
 	mem, memErr := NewMemory(int64(len(below.b)))
 	file, fileErr := NewFile(t.TempDir(), int64(len(below.b)))
-	for _, s := range []region.Store{must(mem, memErr), must(file, fileErr)} {
+	fd, fdErr := NewMemfd(int64(len(below.b)))
+	for _, s := range []region.Store{must(mem, memErr), must(file, fileErr), must(fd, fdErr)} {
 		if err := s.WriteAt(t.Context(), below.b, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -66,7 +67,7 @@ func stages(t *testing.T, below *byteStore, chunk int64) map[string]region.Store
 	reopen, reopenErr := OpenAgain(t.Context(), func(context.Context) (region.Store, error) { return newBytesOf(below.b), nil }, nil)
 	limited := Limited{aligned{Store: newBytesOf(below.b), chunk: 1, max: chunk}, chunk}
 	return map[string]region.Store{
-		"memory": mem, "file": file, "syncer": must(syncer, err), "arbitrary": must(arbitrary, arbitraryErr),
+		"memory": mem, "file": file, "memfd": fd, "syncer": must(syncer, err), "arbitrary": must(arbitrary, arbitraryErr),
 		"tracking": must(tracking, trackingErr), "reopen": must(reopen, reopenErr), "limited": limited,
 		"all": must(NewArbitrary(aligned{Store: Limited{aligned{Store: newBytesOf(below.b), chunk: chunk, max: 2 * chunk}, 2 * chunk}, chunk: chunk}, chunk)),
 	}

@@ -50,7 +50,7 @@ func params() []param.Spec {
 	return []param.Spec{
 		{Name: "order", Kind: param.KindString, Default: "linear", Check: order.Check, Doc: "order of background pulls: " + strings.Join(order.Names(), ", ") + " (docs/pull-order.md)"},
 		{Name: "order_seed", Kind: param.KindInt, Default: "1", Doc: "of order=random"},
-		{Name: "pull_first", Kind: param.KindSize, Default: "128KiB", Doc: "bytes at the region's start that are pulled first, and local once the mount is open"},
+		{Name: "pull_first", Kind: param.KindSize, Default: "128KiB", Doc: "bytes at the region's start that are pulled first, and local once the mount is open; on device nbd by default at least the read-ahead window, up to 1MiB"},
 		{Name: "pull_during_open", Kind: param.KindBool, Default: "true", Doc: "background pulls start while the device is being opened; false: once it is open"},
 		{Name: "known", Kind: param.KindEnum, Default: "holes", Values: []string{"none", "holes", "same"}, Doc: "what need not cross the wire: holes by block status; same: also chunks whose digest is that of one in the cache"},
 		{Name: "record", Kind: param.KindString, Doc: "file that gets the trace of what the device asked for when the mount is closed, for order=trace:FILE"},
@@ -59,7 +59,8 @@ func params() []param.Spec {
 		{Name: "push_interval", Kind: param.KindDuration, Default: "1s", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "pause between background pushes"},
 		{Name: "dirty_limit", Kind: param.KindSize, Default: "256MiB", Doc: "bytes that may wait to be pushed before a writer has to; 0 is any"},
 		{Name: "cache", Kind: param.KindSize, Default: "0", Doc: "most bytes that the local cache holds; what was not used for long makes room, what is dirty is pushed first; 0 is the region, else at least 16 chunks"},
-		{Name: "cache_kind", Kind: param.KindEnum, Default: "memory", Values: []string{"memory", "file"}, Doc: "where local chunks are kept"},
+		{Name: "cache_kind", Kind: param.KindEnum, Default: "auto", Values: []string{"auto", "memory", "memfd", "file"},
+			Doc: "where local chunks are kept; auto is memory, and memfd where the kernel makes no huge pages: there the first touch of each page would be a fault"},
 		{Name: "cache_dir", Kind: param.KindString, Doc: "existing folder for the cache and a journal of what waits to be pushed, which the next mount with the same folder pushes if this one is killed; by default nothing outlives the mount"},
 		{Name: "recover", Kind: param.KindEnum, Default: "push", Values: []string{"push", "discard"}, Doc: "what to do with what an earlier mount left in cache_dir"},
 		{Name: "cache_delay", Kind: param.KindDuration, Default: "0s", Max: int64(time.Minute), Doc: "that each access of the cache takes more, to imitate a slow disk"},
@@ -214,7 +215,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	} else if wanted, err = order.Parse(name, size, uint64(p.Int("order_seed"))); err != nil {
 		return nil, err
 	}
-	first := min(p.Size("pull_first"), size)
+	first := min(pullFirst(o), size)
 	pull := func() {
 		m.puller = chunk.StartPuller(syncer, chunk.PullOptions{
 			Workers: o.PullWorkers, Window: window, Order: order.Then(order.First(first), wanted),
@@ -263,6 +264,20 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	return m, nil
 }
 
+// pullFirst is the parameter, by default at least the window of read-ahead around a
+// first touch of an nbd device, which is there only when all of it is.
+func pullFirst(o strategies.Options) int64 {
+	first := o.Params.Size("pull_first")
+	if o.Device != "nbd" || o.Params.IsSet("pull_first") {
+		return first
+	}
+	window := int64(256 << 10) // the kernel's: twice its io_opt for nbd
+	if o.Params.IsSet("read_ahead") {
+		window = min(o.Params.Size("read_ahead"), 1<<20)
+	}
+	return max(first, window)
+}
+
 // recordedOwner notes the faults that had to wait for their bytes.
 type recordedOwner struct {
 	uffd.Owner
@@ -294,7 +309,7 @@ func (m *mount) openCache(o strategies.Options, size, limit int64) (region.Store
 	switch {
 	case o.Device == "uffd" && o.Params.Text("cache_dir") != "":
 		return nil, fmt.Errorf("cache_dir with device uffd, whose stores no file sees: %w", region.ErrNotSupported)
-	case o.Device == "uffd" && kind != "memory":
+	case o.Device == "uffd" && kind != "auto" && kind != "memory":
 		return nil, fmt.Errorf("cache_kind=%s with device uffd, whose cache is the memory that the workload maps: %w", kind, region.ErrNotSupported)
 	case o.Device == "uffd":
 		memory, err := uffd.NewMemory(size, uffd.MemoryOptions{Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: o.Params})
@@ -307,6 +322,12 @@ func (m *mount) openCache(o strategies.Options, size, limit int64) (region.Store
 		return m.openKept(o, size)
 	case kind == "file":
 		f, err := chunk.NewFile(o.Dir, size)
+		if err != nil {
+			return nil, err
+		}
+		return f, nil
+	case kind == "memfd" || kind == "auto" && limit == 0 && !chunk.HugePages():
+		f, err := chunk.NewMemfd(size)
 		if err != nil {
 			return nil, err
 		}
