@@ -207,6 +207,8 @@ func (l *link) receive(p []byte, flags int) (int, error) {
 		switch {
 		case err != nil:
 			return 0, err
+		case l.readErr == unix.EINTR && flags == 0: // who sent the signal may have asked for an interrupt
+			return 0, errAgain
 		case l.readErr == unix.EINTR:
 			continue
 		case l.readErr == unix.EAGAIN:
