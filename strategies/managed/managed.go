@@ -50,7 +50,7 @@ func params() []param.Spec {
 	return []param.Spec{
 		{Name: "order", Kind: param.KindString, Default: "linear", Check: order.Check, Doc: "order of background pulls: " + strings.Join(order.Names(), ", ") + " (docs/pull-order.md)"},
 		{Name: "order_seed", Kind: param.KindInt, Default: "1", Doc: "of order=random"},
-		{Name: "pull_first", Kind: param.KindSize, Default: "128KiB", Doc: "bytes at the region's start that are pulled first, and local once the mount is open; on device nbd by default at least the read-ahead window, up to 1MiB"},
+		{Name: "pull_first", Kind: param.KindSize, Default: "128KiB", Doc: "bytes at the region's start that are pulled first, and local once the mount is open; on device nbd by default at least the read-ahead window, up to 256KiB"},
 		{Name: "pull_during_open", Kind: param.KindBool, Default: "true", Doc: "background pulls start while the device is being opened; false: once it is open"},
 		{Name: "known", Kind: param.KindEnum, Default: "holes", Values: []string{"none", "holes", "same"}, Doc: "what need not cross the wire: holes by block status; same: also chunks whose digest is that of one in the cache"},
 		{Name: "record", Kind: param.KindString, Doc: "file that gets the trace of what the device asked for when the mount is closed, for order=trace:FILE"},
@@ -271,9 +271,9 @@ func pullFirst(o strategies.Options) int64 {
 	if o.Device != "nbd" || o.Params.IsSet("pull_first") {
 		return first
 	}
-	window := int64(256 << 10) // the kernel's: twice its io_opt for nbd
+	const window = 256 << 10 // the kernel's: twice its io_opt for nbd. More would make opening slow
 	if o.Params.IsSet("read_ahead") {
-		window = min(o.Params.Size("read_ahead"), 1<<20)
+		return max(first, min(o.Params.Size("read_ahead"), window))
 	}
 	return max(first, window)
 }
