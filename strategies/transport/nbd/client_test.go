@@ -398,7 +398,7 @@ func TestCancel(t *testing.T) {
 					start(base, 8192, good)
 					start(ctx, 4096, func(err error) { bad(err); close(done) })
 				}
-				waitFor(t, "both in flight", func() bool { c.conns[0].mu.Lock(); defer c.conns[0].mu.Unlock(); return len(c.conns[0].pending) == 2 })
+				waitFor(t, "both at the store", func() bool { return len(entered) == 2 })
 				cancel()
 				select {
 				case <-done:

@@ -231,8 +231,8 @@ func (l *link) recvBuf(limit int) error {
 	return err
 }
 
-// await blocks until there is more to read: it receives up to limit bytes into
-// the buffer, or none where recv would now find something. It returns
+// await blocks until there is more to read: it receives some into the buffer, from
+// a socket up to limit bytes, or none where recv would now find something. It returns
 // errInterrupted after interrupt, and os.ErrDeadlineExceeded after timeout (0 is none).
 func (l *link) await(limit int, timeout time.Duration) error {
 	if l.raw == nil {
@@ -242,7 +242,7 @@ func (l *link) await(limit int, timeout time.Duration) error {
 			}
 			defer l.conn.SetReadDeadline(time.Time{})
 		}
-		n, err := l.conn.Read(l.space(limit))
+		n, err := l.conn.Read(l.space(readBuffer / 2)) // no recv follows that could save a copy
 		l.w += n
 		if n > 0 {
 			return nil
