@@ -612,7 +612,7 @@ func (l *leecher) takeOver(ctx context.Context) error {
 		}
 	}
 	if l.state().Stage == handover.Filling {
-		if err := l.fill(); err != nil {
+		if err := l.fill(ctx); err != nil {
 			return err
 		}
 		if err := l.all(ctx); err != nil {
@@ -627,12 +627,12 @@ func (l *leecher) takeOver(ctx context.Context) error {
 	// to be done here is done while it travels.
 	committed := make(chan error, 1)
 	go func() { committed <- l.commit(ctx) }()
-	err := l.fill()
+	err := l.fill(ctx)
 	return errors.Join(<-committed, err)
 }
 
 // fill makes what is out of date remote, begins to pull all that is, and to answer faults.
-func (l *leecher) fill() error {
+func (l *leecher) fill(ctx context.Context) error {
 	ranges, err := l.forget()
 	if err != nil {
 		return err
@@ -640,8 +640,40 @@ func (l *leecher) fill() error {
 	l.mu.Lock()
 	l.h.NeededBytes = l.size - l.syncer.LocalBytes()
 	l.mu.Unlock()
+	if l.o.mode.strict() {
+		if err := l.urgent(ctx, ranges); err != nil {
+			return err
+		}
+	}
 	l.pull(order.List(ranges)) // what was written, then the rest
 	return l.serve()
+}
+
+// urgent pulls ranges while the application stands still. They are many and short:
+// the transport's window for background requests would let a few of them travel at a time.
+func (l *leecher) urgent(ctx context.Context, ranges []order.Range) error {
+	const requests = 1024 // 4 MiB of single pages
+	g, ctx := errgroup.WithContext(region.WithClass(ctx, region.Demand))
+	g.SetLimit(requests)
+	for _, r := range ranges {
+		g.Go(func() error { return l.insist(ctx, r) })
+	}
+	return g.Wait()
+}
+
+// insist pulls a range, on a new connection where the first is lost, for as long as patience allows.
+func (l *leecher) insist(ctx context.Context, r order.Range) error {
+	until := time.Now().Add(l.o.patience)
+	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
+		err := l.syncer.Pull(ctx, r.Off, r.End-r.Off)
+		if err == nil || ctx.Err() != nil || time.Now().After(until) {
+			return err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+		}
+	}
 }
 
 // commit asks to take over.
