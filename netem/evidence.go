@@ -47,6 +47,8 @@ type EndEvidence struct {
 	// what makes them: "sysctl" or, where the kernel refuses that, "route".
 	Congestion   string `json:"congestion"`
 	CongestionBy string `json:"congestion_by"`
+	// InitialWindow is the route's initcwnd in segments; 0 is the kernel's own.
+	InitialWindow int `json:"initial_window_segments"`
 }
 
 // Evidence returns what Open read back.
@@ -56,6 +58,8 @@ const (
 	sysctlRoot     = "/proc/sys/net/ipv4/"
 	congestionName = "tcp_congestion_control"
 	maxWindow      = 1 << 30
+
+	maxInitialWindow = 1000 // segments
 )
 
 func recordedSysctls() []string {
@@ -76,8 +80,10 @@ func (l *Link) window() int64 {
 // setSysctls runs inside the namespace: /proc/sys/net shows the caller's own.
 func (l *Link) setSysctls(n *Namespace) error {
 	w := l.window()
+	// A connection offers half of its first buffer: enough for all of the first window.
+	first := min(max(131072, 4*1448*int64(l.options.InitialWindow)), w)
 	for _, s := range []struct{ name, value string }{
-		{"tcp_rmem", fmt.Sprintf("4096 131072 %d", w)},
+		{"tcp_rmem", fmt.Sprintf("4096 %d %d", first, w)},
 		{"tcp_wmem", fmt.Sprintf("4096 65536 %d", w)},
 		{"tcp_slow_start_after_idle", "0"}, // a pause between runs must not change the next
 		{"tcp_no_metrics_save", "1"},       // nor what an earlier connection learnt
@@ -126,7 +132,29 @@ func (l *Link) setCongestion(index int, n *Namespace) error {
 	if sysctlErr == nil {
 		return nil
 	}
-	routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{LinkIndex: index}, netlink.RT_FILTER_OIF)
+	if err := l.setRoute(index, n, func(r *netlink.Route) { r.Congctl = want }); err != nil {
+		available, _ := sysctl("tcp_available_congestion_control")
+		return fmt.Errorf("congestion control %q: %w; as a sysctl: %w; available: %s", want, err, sysctlErr, available)
+	}
+	return nil
+}
+
+// setInitialWindow makes Options.InitialWindow that of the link: a route has it
+// (ip route change ... initcwnd N).
+func (l *Link) setInitialWindow(index int, n *Namespace) error {
+	want := l.options.InitialWindow
+	if want == 0 {
+		return nil
+	}
+	if err := l.setRoute(index, n, func(r *netlink.Route) { r.InitCwnd = want }); err != nil {
+		return fmt.Errorf("initial window of %d segments: %w", want, err)
+	}
+	return nil
+}
+
+// setRoute changes the route to the link's other hosts.
+func (l *Link) setRoute(index int, n *Namespace, change func(*netlink.Route)) error {
+	routes, err := linkRoutes(index)
 	if err != nil {
 		return fmt.Errorf("list routes of %s: %w", n.dev, err)
 	}
@@ -134,15 +162,18 @@ func (l *Link) setCongestion(index int, n *Namespace) error {
 		if r.Dst == nil || !r.Dst.Contains(l.dst.addr.AsSlice()) {
 			continue
 		}
-		r.Congctl = want
+		change(&r)
 		r.Flags = 0 // such as linkdown, which the kernel reports and refuses
 		if err := netlink.RouteReplace(&r); err != nil {
-			available, _ := sysctl("tcp_available_congestion_control")
-			return fmt.Errorf("congestion control %q: %w: %w; as a sysctl: %w; available: %s", want, ErrNotSupported, err, sysctlErr, available)
+			return fmt.Errorf("change the route over %s: %w: %w", n.dev, ErrNotSupported, err)
 		}
 		return nil
 	}
-	return fmt.Errorf("congestion control %q: %w: no route over %s; as a sysctl: %w", want, ErrReadBack, n.dev, sysctlErr)
+	return fmt.Errorf("%w: no route over %s", ErrReadBack, n.dev)
+}
+
+func linkRoutes(index int) ([]netlink.Route, error) {
+	return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{LinkIndex: index}, netlink.RT_FILTER_OIF)
 }
 
 func (l *Link) readEvidence() error {
@@ -200,19 +231,21 @@ func (l *Link) readEnd(n *Namespace, e *EndEvidence) error {
 		e.Sysctls[name] = v
 	}
 	e.Congestion, e.CongestionBy = e.Sysctls[congestionName], "sysctl"
+	routes, err := linkRoutes(a.Index)
+	if err != nil {
+		return fmt.Errorf("list routes of %s: %w", n.dev, err)
+	}
+	for _, r := range routes {
+		if r.Congctl != "" {
+			e.Congestion, e.CongestionBy = r.Congctl, "route"
+		}
+		e.InitialWindow = max(e.InitialWindow, r.InitCwnd)
+	}
 	if want := l.options.Congestion; want != "" && e.Congestion != want {
-		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{LinkIndex: a.Index}, netlink.RT_FILTER_OIF)
-		if err != nil {
-			return fmt.Errorf("list routes of %s: %w", n.dev, err)
-		}
-		for _, r := range routes {
-			if r.Congctl != "" {
-				e.Congestion, e.CongestionBy = r.Congctl, "route"
-			}
-		}
-		if e.Congestion != want {
-			return fmt.Errorf("%w: congestion control is %q, asked for %q", ErrReadBack, e.Congestion, want)
-		}
+		return fmt.Errorf("%w: congestion control is %q, asked for %q", ErrReadBack, e.Congestion, want)
+	}
+	if want := l.options.InitialWindow; e.InitialWindow != want {
+		return fmt.Errorf("%w: initial window of %d segments, asked for %d", ErrReadBack, e.InitialWindow, want)
 	}
 	return nil
 }

@@ -37,6 +37,9 @@ type Options struct {
 	// Congestion is the congestion control of every TCP connection over the link, such
 	// as "bbr"; empty leaves the namespace's default (the host's).
 	Congestion string `json:"congestion,omitempty"`
+	// InitialWindow is how many segments a connection sends before the first
+	// acknowledgement (initcwnd of the route); 0 is the kernel's own, 10 (RFC 6928).
+	InitialWindow int `json:"initial_window_segments,omitempty"`
 	// Window is the least maximum of the TCP buffers in bytes; the maximum is never
 	// below 4 BDP nor below 16 MiB (64 MiB where the rate is unlimited).
 	Window int64 `json:"window_bytes,omitempty"`
@@ -124,6 +127,9 @@ func Open(ctx context.Context, shaper Shaper, p Profile, o Options) (_ *Link, er
 	}
 	if o.Window < 0 || o.Window > maxWindow {
 		return nil, fmt.Errorf("window of %d bytes: %w: must be 0 to %d", o.Window, ErrInvalid, maxWindow)
+	}
+	if o.InitialWindow < 0 || o.InitialWindow > maxInitialWindow {
+		return nil, fmt.Errorf("initial window of %d segments: %w: must be 0 to %d", o.InitialWindow, ErrInvalid, maxInitialWindow)
 	}
 	n := max(o.Hosts, 2)
 	if o.Hosts == 1 || o.Hosts < 0 || n > MaxHosts {
@@ -254,7 +260,7 @@ func (l *Link) configure(ctx context.Context) error {
 			if err := awaitCarrier(ctx, n.dev); err != nil {
 				return err
 			}
-			return l.setCongestion(devices[i].Attrs().Index, n)
+			return errors.Join(l.setCongestion(devices[i].Attrs().Index, n), l.setInitialWindow(devices[i].Attrs().Index, n))
 		})
 		if err != nil {
 			return fmt.Errorf("configure the %s end: %w", n.name, err)

@@ -482,6 +482,52 @@ func TestEvidence(t *testing.T) {
 	}
 }
 
+// The first window that was asked for is the one that sockets have, on both sides,
+// whatever else the route says.
+func TestInitialWindow(t *testing.T) {
+	if _, err := Open(t.Context(), ShaperNone, Profile{}, Options{InitialWindow: 1001}); !errors.Is(err, ErrInvalid) {
+		t.Errorf("1001 segments: %v", err)
+	}
+	for _, o := range []Options{{}, {InitialWindow: 100}, {InitialWindow: 100, Congestion: "reno"}} {
+		l := open(t, ShaperNone, Profile{}, o)
+		ln, err := l.Destination().Listen(t.Context(), "tcp", ":0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer ln.Close()
+		tx, err := l.Source().Dial(t.Context(), "tcp", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer tx.Close()
+		rx, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer rx.Close()
+		want := uint32(10)
+		if o.InitialWindow > 0 {
+			want = uint32(o.InitialWindow)
+		}
+		for _, c := range []net.Conn{tx, rx} {
+			raw, err := c.(syscall.Conn).SyscallConn()
+			if err != nil {
+				t.Fatal(err)
+			}
+			var info *unix.TCPInfo
+			if cerr := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }); errors.Join(err, cerr) != nil {
+				t.Fatal(err, cerr)
+			}
+			if info.Snd_cwnd != want {
+				t.Errorf("%+v: a window of %d segments", o, info.Snd_cwnd)
+			}
+		}
+		if got := l.Evidence().Source.InitialWindow; got != o.InitialWindow {
+			t.Errorf("%+v: evidence says %d", o, got)
+		}
+	}
+}
+
 // The congestion control that was asked for is the one that sockets have, on both
 // sides, also where only the first namespace may have it by default.
 func TestCongestion(t *testing.T) {

@@ -114,6 +114,7 @@ type linkKey struct {
 	profile netem.Profile
 	cc      string
 	hosts   int
+	initial int // segments of TCP's first window
 }
 
 type floorKey struct {
@@ -177,7 +178,7 @@ func (r *Runner) link(ctx context.Context, c *Cell) (*link, error) {
 		return l, l.err
 	}
 	l := &link{}
-	l.Link, l.err = netem.Open(ctx, k.shaper, k.profile, netem.Options{Seed: r.Seed, Congestion: k.cc, Hosts: k.hosts})
+	l.Link, l.err = netem.Open(ctx, k.shaper, k.profile, netem.Options{Seed: r.Seed, Congestion: k.cc, Hosts: k.hosts, InitialWindow: k.initial})
 	if l.err == nil {
 		r.logf("calibrating the link: %s, RTT %v, rate %s", k.shaper, k.profile.RTT, rateText(k.profile.Rate))
 		if l.calibration, l.err = l.Calibrate(ctx); l.err != nil {
@@ -204,7 +205,7 @@ func rateText(rate int64) string {
 func (c *Cell) linkKey() linkKey {
 	k := linkKey{shaper: c.Shaper, profile: c.Link, hosts: 1 + c.destinations()}
 	if c.params.Has("congestion") {
-		k.cc = c.params.Text("congestion")
+		k.cc, k.initial = c.params.Text("congestion"), int(c.params.Int("initial_window"))
 	}
 	k.profile.Name, k.profile.Doc = "", ""
 	return k
