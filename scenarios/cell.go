@@ -90,8 +90,11 @@ func (e *usageError) Unwrap() error        { return e.error }
 // OpSync: a writer at the source, destinations that follow.
 const OpSync = "sync"
 
+// OpSnapshot: a writer on this host, of whose region images are taken.
+const OpSnapshot = "snapshot"
+
 // Ops lists what a workload can do.
-func Ops() []string { return []string{"read", "write", "mixed", OpSync, OpMigrate} }
+func Ops() []string { return []string{"read", "write", "mixed", OpSync, OpMigrate, OpSnapshot} }
 
 // minBudget is the shortest time budget of a run.
 const minBudget = time.Millisecond
@@ -214,7 +217,9 @@ func (c *Cell) Resolve() error {
 		opErr = fmt.Errorf("strategy %s, transport %s: no destination follows a writer at the source: %w", c.Strategy, c.Transport, region.ErrNotSupported)
 	} else if c.Op == OpMigrate {
 		opErr = c.migratable(info)
-	} else if c.Op != "read" && c.Op != OpSync && !info.Can(strategies.Writes) {
+	} else if c.Op == OpSnapshot && !info.Can(strategies.Snapshots) {
+		opErr = fmt.Errorf("strategy %s takes no images: %w", c.Strategy, region.ErrNotSupported)
+	} else if c.Op != "read" && c.Op != OpSync && c.Op != OpSnapshot && !info.Can(strategies.Writes) {
 		opErr = fmt.Errorf("strategy %s does not write back: %w", c.Strategy, region.ErrNotSupported)
 	}
 	var labErr error

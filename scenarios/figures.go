@@ -34,6 +34,7 @@ func Figures() []Figure {
 		cacheFigures(),
 		hashsyncFigures(),
 		migrationFigures(),
+		snapshotFigures(),
 	)
 }
 

@@ -154,6 +154,10 @@ type Attachment struct {
 	Track string `json:"track,omitempty"`
 	// Versions: a reader takes each chunk whole, by its version.
 	Versions *Versions `json:"versions,omitempty"`
+	// Client: a client of snapshots gets File and then Beside, under these names
+	// (package snapshot/client).
+	Client []string   `json:"client,omitempty"`
+	Beside []*os.File `json:"-"`
 }
 
 // Versions says where the versions of chunks lie in the attachment's file: 8 bytes
@@ -185,6 +189,26 @@ type Mount interface {
 	// and mount point. The workload should have detached. It may be called
 	// twice and returns the first error.
 	Close(ctx context.Context) error
+}
+
+// Snapshotter is a Mount of a strategy with Snapshots: it takes images of the
+// region while the workload, attached as a client, writes to it.
+type Snapshotter interface {
+	// Snapshot takes an image of one state of the region, and returns once it is durable.
+	Snapshot(ctx context.Context) (Snapshot, error)
+	// Restore calls put for each part of the last image that is not zeroes, in order.
+	Restore(ctx context.Context, put func(p []byte, off int64) error) (Snapshot, error)
+}
+
+// Snapshot describes an image.
+type Snapshot struct {
+	Fresh    bool          // false: nothing was published since the last one, which stands
+	Sequence uint64        // of the client's publication that it has
+	Freeze   time.Duration // in which all of the region was protected at once; 0 where it was not
+	Save     time.Duration // from the beginning until it was durable
+	Written  int64         // bytes, to the image
+	Changed  int64         // bytes of the region that were looked at
+	Starved  int64         // so far: how often the client was too fast to be followed
 }
 
 // Publisher is a strategy whose region is written at the source, by a workload

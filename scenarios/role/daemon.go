@@ -51,6 +51,7 @@ func (d *daemon) ops() map[string]handler {
 		"verify":   on(func(ctx context.Context, a verifyArgs) (Verified, error) { return verifyStore(ctx, d.local, a) }),
 		"requests": on(func(context.Context, none) (Requests, error) { return requests(d.local) }),
 		"trouble":  on(d.trouble),
+		"images":   on(d.images), "verify-image": on(d.verifyImage),
 		"unmount":  on(d.unmount),
 		"counters": on(counters), "floors": on(daemonFloors),
 	}
@@ -159,7 +160,7 @@ func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.
 	}
 	m.End, m.Stats, m.Attachment = monotonic(), d.mount.Stats(), d.mount.Attachment()
 	if f := m.Attachment.File; f != nil {
-		return m, []*os.File{f}, nil
+		return m, append([]*os.File{f}, m.Attachment.Beside...), nil
 	}
 	return m, nil, nil
 }

@@ -113,6 +113,7 @@ type workload struct {
 	model  *model   // op sync: what the region must have
 	app    *app     // op migrate
 	passed *os.File // op migrate: to be closed once it was sent
+	snap   snapWriter
 	// buf is where what is read goes, page p at p*page; out is what is written.
 	buf, out []byte
 	// seen[p] says what the last load of page p must have found: 0 not loaded,
@@ -123,7 +124,8 @@ type workload struct {
 func (w *workload) ops() map[string]handler {
 	ops := map[string]handler{
 		"prepare": on(w.prepare), "attach": w.attach, "run": on(w.run), "verify": on(w.verify),
-		"sync":  on(func(context.Context, none) (none, error) { return none{}, w.view.Sync() }),
+		"sync":   on(func(context.Context, none) (none, error) { return none{}, w.view.Sync() }),
+		"client": w.client, "write": on(w.write), "fork": on(w.fork),
 		"ready": on(w.ready), "dirty": on(w.dirty), "pulse": on(w.pulse), "watch": on(w.watch), "equal": on(w.equal), "handed-over": on(w.handedOver),
 		"detach":   on(w.detach),
 		"counters": on(counters), "floors": on(w.floors),

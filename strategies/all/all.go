@@ -18,6 +18,7 @@ import (
 	"memsync/strategies/migration"
 	"memsync/strategies/nbddirect"
 	"memsync/strategies/param"
+	"memsync/strategies/snapshot"
 	"memsync/strategies/transport"
 	"memsync/strategies/transport/nbd"
 	"memsync/strategies/userfaultfd"
@@ -34,6 +35,7 @@ func Registry() strategies.Registry {
 		nbddirect.Strategy{},
 		hashsync.Strategy{},
 		migration.Strategy{},
+		snapshot.Strategy{},
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -209,6 +210,9 @@ func monotonic() uint64 {
 func runClient(j job) error {
 	if j.Do == "sleep" {
 		time.Sleep(time.Hour)
+	}
+	if how, ok := strings.CutPrefix(j.Do, "misuse:"); ok {
+		return misuse(how)
 	}
 	r, err := client.Open()
 	if err != nil {
