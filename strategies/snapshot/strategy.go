@@ -6,9 +6,10 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"memsync/strategies"
 	"memsync/strategies/param"
@@ -36,6 +37,7 @@ func (Strategy) Info() strategies.Info {
 			{Name: "stream", Kind: param.KindSize, Default: "0", Doc: "mode queue: bytes of the stream; 0 is a quarter of the region, 1 to 64 MiB"},
 			{Name: "spare", Kind: param.KindSize, Default: "16MiB", Min: 1 << 16, Max: 1 << 40, Doc: "mode cow: memory for chunks that are written to while an image is saved"},
 			{Name: "full", Kind: param.KindBool, Default: "false", Doc: "mode cow: protect and read all of the region for each image, not what changed"},
+			{Name: "store", Kind: param.KindEnum, Default: "memory", Values: []string{"memory", "disk"}, Doc: "where the image is; disk is the run's scratch folder, and its speed is in snapshot_time"},
 			{Name: "images", Kind: param.KindInt, Default: "5", Min: 1, Max: 10000, Doc: "of op snapshot: images in one run"},
 			{Name: "interval", Kind: param.KindDuration, Default: "200ms", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "of op snapshot: from the beginning of one image to that of the next, at least"},
 			{Name: "dirty_rate", Kind: param.KindSize, Default: "20MB", Doc: "of op snapshot: distinct page-bytes that the writer dirties a second, one aligned 4 KiB page a write; 0 is as fast as it can"},
@@ -50,7 +52,7 @@ func (Strategy) Serve(context.Context, transport.Transport, net.Conn, transport.
 	return fmt.Errorf("strategy snapshot has no source: use transport local: %w", region.ErrNotSupported)
 }
 
-// Mount makes a region with the content, of which o.Dir has an image already.
+// Mount makes a region with the content, of which there is an image already.
 func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Options) (_ strategies.Mount, err error) {
 	m := &mount{}
 	defer func() {
@@ -63,11 +65,17 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		return nil, err
 	}
 	defer content.Close()
-	path := filepath.Join(o.Dir, "image")
-	if m.image, err = image.Open(path, content.Size(), o.Chunk); err != nil {
-		return nil, err
+	// The kernel frees it with its last descriptor, whatever happens.
+	var fd int
+	if o.Params.Text("store") == "disk" {
+		fd, err = unix.Open(o.Dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	} else {
+		fd, err = unix.MemfdCreate("memsync-image", unix.MFD_CLOEXEC)
 	}
-	if err := os.Remove(path); err != nil { // the kernel frees it with its last descriptor, whatever happens
+	if err != nil {
+		return nil, fmt.Errorf("make the image's file: %w", err)
+	}
+	if m.image, err = image.New(os.NewFile(uintptr(fd), "image"), content.Size(), o.Chunk); err != nil {
 		return nil, err
 	}
 	if err := first(ctx, m.image, content); err != nil {

@@ -176,10 +176,7 @@ func create(path string, size, chunk int64) (err error) {
 	}
 	f := os.NewFile(uintptr(fd), path)
 	defer func() { err = errors.Join(err, f.Close()) }()
-	if _, err := f.WriteAt(g.header(), 0); err != nil {
-		return err
-	}
-	if err := f.Truncate(g.end()); err != nil {
+	if err := g.begin(f); err != nil {
 		return err
 	}
 	if err := f.Sync(); err != nil {
@@ -189,6 +186,30 @@ func create(path string, size, chunk int64) (err error) {
 		return &os.PathError{Op: "linkat", Path: path, Err: err}
 	}
 	return syncDir(dir)
+}
+
+// begin makes an empty file an image without a commit.
+func (i *Image) begin(f *os.File) error {
+	if _, err := f.WriteAt(i.header(), 0); err != nil {
+		return err
+	}
+	return f.Truncate(i.end())
+}
+
+// New makes an image in f, which is empty: a memfd, say, for an image that need not
+// outlive the host. It takes f over.
+func New(f *os.File, size, chunk int64) (*Image, error) {
+	i, err := geometry(size, chunk)
+	if err == nil {
+		if err = i.begin(f); err == nil {
+			i, err = load(osFile{f}, i.end(), size, chunk)
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("image in %s: %w", f.Name(), err), f.Close())
+	}
+	i.path = f.Name()
+	return i, nil
 }
 
 func syncDir(dir string) error {
