@@ -705,15 +705,6 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	return nil
 }
 
-// trouble adds what the daemon knows of an error.
-func (r *run) trouble(ctx context.Context, err error) error {
-	var why role.Trouble
-	if _, askErr := r.daemon.Ask(ctx, "trouble", struct{}{}, &why); askErr == nil && why.Text != "" {
-		return fmt.Errorf("%w; the daemon says: %s", err, why.Text)
-	}
-	return err
-}
-
 // requests returns the histogram of what was read from the store that holds the region.
 func (r *run) requests(ctx context.Context) ([]byte, error) {
 	holder := r.source
