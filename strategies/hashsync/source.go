@@ -244,20 +244,21 @@ func (s *Source) cycle(ctx context.Context, look, force bool) (more bool, err er
 func (s *Source) pieces(ctx context.Context, set *chunk.Set) (iter.Seq2[int64, int64], error) {
 	n := s.node
 	s.index.Round()
-	var longest, at, from int64 // the longest run, and the middle of it
+	var longest, end, from int64 // the longest run, and where it ends
 	for {
 		lo, hi, ok := set.Next(from, n.chunks())
 		if !ok {
 			break
 		}
 		if hi-lo > longest {
-			longest, at = hi-lo, (lo+hi)/2
+			longest, end = hi-lo, hi
 		}
 		from = hi
 	}
 	up := false
 	if longest > n.perPiece() && s.enc.Searches() {
-		off, length := n.extent(at, min(at+n.perPiece(), n.chunks()))
+		// Its last piece: what is behind an insertion, not the insertion.
+		off, length := n.extent(end-n.perPiece(), end)
 		if err := s.take(ctx, off, n.stage[:length]); err != nil {
 			return nil, err
 		}
