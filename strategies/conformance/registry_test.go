@@ -68,6 +68,8 @@ func TestVariants(t *testing.T) {
 		{"managed-mount", "fuse", "no-workers", conformance.Factory{NoWorkers: true}},
 		{"managed-mount", "fuse", "page-chunks", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"extent=16KiB", "window=32KiB", "order=reverse", "dirty_limit=64KiB"}}},
 		{"managed-mount", "fuse", "file-cache", conformance.Factory{Settings: []string{"cache_kind=file", "order=random", "pull_first=100KiB", "writeback=true"}}},
+		{"managed-mount", "fuse", "memfd-cache", conformance.Factory{Settings: []string{"cache_kind=memfd"}}},
+		{"managed-mount", "fuse", "small-memfd-cache", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"cache=64KiB", "cache_kind=memfd"}}},
 		{"managed-mount", "uffd", "no-workers", conformance.Factory{NoWorkers: true, Settings: []string{"handlers=1"}}},
 		{"managed-mount", "uffd", "page-chunks", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"extent=16KiB", "window=32KiB", "order=random", "dirty_limit=64KiB"}}},
 		{"managed-mount", "fuse", "small-cache", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"cache=64KiB"}}},
