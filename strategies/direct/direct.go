@@ -102,10 +102,7 @@ func (m *mount) coolDown() {
 
 const (
 	warmReads = 4 // side by side, as the device's workers
-	// Over a client's 16 connections that is 8 KiB each, more than half of TCP's first
-	// window, which therefore grows: the kernel's read-ahead of 256 KiB on an nbd device
-	// then takes one round trip.
-	warmSize = 32 << 10
+	warmSize  = 16 << 10
 )
 
 type mount struct {
