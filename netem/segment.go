@@ -60,12 +60,15 @@ func parse(b []byte) (packet, error) {
 		return packet{}, fmt.Errorf("large segment of %d bytes is no protocol %d over IPv4", len(ip), proto)
 	}
 	ihl := int(ip[0]&15) * 4
-	if ihl < 20 || len(ip) < ihl+20 {
-		return packet{}, fmt.Errorf("large segment of %d bytes with an IP header of %d", len(ip), ihl)
-	}
 	l4, least := 8, 8
 	if proto == unix.IPPROTO_TCP {
-		l4, least = int(ip[ihl+12]>>4)*4, 20
+		least = 20
+	}
+	if ihl < 20 || len(ip) < ihl+least {
+		return packet{}, fmt.Errorf("large segment of %d bytes with an IP header of %d", len(ip), ihl)
+	}
+	if proto == unix.IPPROTO_TCP {
+		l4 = int(ip[ihl+12]>>4) * 4
 	}
 	p.mss = int(binary.NativeEndian.Uint16(b[4:]))
 	p.headers = ihl + l4
