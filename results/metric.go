@@ -129,6 +129,8 @@ var metrics = [...]Metric{
 	{"duplicate_bytes", "B", Neither, false, "open start", "end of the measured section", "Region bytes that did not cross the link since the cache had a chunk of the same digest."},
 	{"dropped_pull_bytes", "B", Lower, false, "open start", "end of the measured section", "Bytes pulled in vain: written, or pulled by another, meanwhile."},
 	{"evicted_bytes", "B", Neither, false, "open start", "end of the measured section", "Bytes that left a bounded cache to make room, in whole chunks."},
+	{"version_checks", "count", Neither, false, "open start", "open end", "Looks at the source's version; 0 where the source has none, or nobody asks (on_change)."},
+	{"source_changes", "count", Lower, false, "open start", "open end", "Changes of the source by others that these looks showed."},
 	{"recovered_bytes", "B", Neither, false, "open start", "open end", "Bytes that an earlier mount had not pushed and the journal of its cache brought back, in whole chunks."},
 	{"slowdown", "ratio", Lower, false, "first touch after the warm-up", "last touch returned", "Time of the touches / time of the same touches, with the same pauses, in memory that is all local."},
 	{"repeated_requests", "count", Lower, false, "open start", "end of the measured section", "Requests made again because the first took long."},

@@ -39,6 +39,7 @@ var layers = []struct {
 	{"strategies/device/uffd", 7, false},
 	{"strategies/dirty", 6, false},
 	{"strategies/snapshot/client", 6, false},
+	{"strategies/watch", 6, false},
 	{"strategies/transport/nbd", 8, false},
 	{"strategies/transport", 9, false},
 	{"strategies/transport/flow", 12, false},

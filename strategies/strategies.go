@@ -33,6 +33,7 @@ const (
 	Migrates  Capability = "migrate"  // the destination can take the region over
 	Snapshots Capability = "snapshot" // can take a consistent image of the region
 	LocalOnly Capability = "local"    // a baseline: the data is on this host, no link
+	Leases    Capability = "lease"    // a second writer is refused, where the source grants leases
 	Prefetch  Capability = "prefetch" // moves bytes before they are asked for
 	Copies    Capability = "copy"     // reads all of the source before a workload can attach
 	Relays    Capability = "relay"    // a destination can serve others (Relay)

@@ -221,6 +221,7 @@ type File struct {
 	size   int64
 	f      *os.File
 	closed atomic.Bool
+	past   past
 }
 
 func newFile(dir string, size int64, fill func([]byte, int64) error) (*File, error) {
@@ -239,6 +240,7 @@ func newFile(dir string, size int64, fill func([]byte, int64) error) (*File, err
 			return nil, errors.Join(fmt.Errorf("fill the region's file at %d: %w", off, err), f.Close(), os.Remove(f.Name()))
 		}
 	}
+	s.past.begin(f)
 	return s, nil
 }
 
@@ -275,7 +277,20 @@ func (f *File) ReadAt(ctx context.Context, p []byte, off int64) error {
 
 // WriteAt writes to the file.
 func (f *File) WriteAt(ctx context.Context, p []byte, off int64) error {
+	defer f.past.write(f.f)()
 	return f.do(ctx, f.f.WriteAt, "write", p, off)
+}
+
+// Version implements region.Versioner: it notices when a regular file was changed
+// by another program, or given another size. See past.
+func (f *File) Version(ctx context.Context) (region.Version, error) {
+	if f.closed.Load() {
+		return region.Version{}, region.ErrClosed
+	}
+	if err := ctx.Err(); err != nil {
+		return region.Version{}, err
+	}
+	return f.past.version(f.f)
 }
 
 // Flush makes the file durable (fsync).

@@ -103,7 +103,9 @@ func OpenImage(path string, readOnly bool) (*Image, error) {
 		_ = f.Close()
 		return nil, wrap(err)
 	}
-	return &Image{File: &File{size: size, f: f}, readOnly: readOnly}, nil
+	m := &Image{File: &File{size: size, f: f}, readOnly: readOnly}
+	m.past.begin(f)
+	return m, nil
 }
 
 // ReadOnly reports whether writes give region.ErrReadOnly.
@@ -190,6 +192,7 @@ func (m *Image) fallocate(ctx context.Context, what string, off, n int64, mode u
 	if m.readOnly {
 		return region.ErrReadOnly
 	}
+	defer m.past.write(m.f)()
 	return m.span(ctx, what, off, n, func(fd int) error {
 		for {
 			err := unix.Fallocate(fd, mode|unix.FALLOC_FL_KEEP_SIZE, off, n)

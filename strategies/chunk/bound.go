@@ -87,16 +87,90 @@ const (
 
 // Bound limits the cache to that many bytes, rounded down to chunks but at least
 // one, and has to be called before anything else. The cache must be a
-// region.Trimmer. From then on View offers nothing.
+// region.Trimmer or Mapped. From then on View offers nothing. With the region's
+// size or more nothing has to go, but can: see Invalidate.
 func (s *Syncer) Bound(bytes int64) error {
-	if _, ok := s.local.(region.Trimmer); !ok {
+	_, trims := s.local.(region.Trimmer)
+	if _, drops := s.local.(Mapped); !trims && !drops {
 		return fmt.Errorf("limit a cache that cannot give space back: %w", region.ErrNotSupported)
 	}
 	limit := max(1, bytes>>s.shift)
+	if bytes >= s.size {
+		limit = 4 * s.n // rooms that nobody waits for
+	}
 	s.maxExtent = max(1, min(s.maxExtent, limit/4))
 	s.bound = &bound{limit: limit, low: min(limit/16, 4*s.maxExtent), trial: max(1, limit/4), freed: make(chan struct{}), kick: make(chan struct{}, 1)}
 	s.bound.wg.Go(s.reclaim)
 	return nil
+}
+
+// Invalidate takes all chunks out of the cache, and drops their copies in front of
+// it: what is read once it has returned was asked of the remote store after it
+// was called. It waits for reads and pulls that are under way. It needs a Bound.
+// Chunks that wait to be pushed cannot be merged: they give region.ErrMismatch, and stay.
+func (s *Syncer) Invalidate(ctx context.Context) error {
+	b := s.bound
+	if b == nil {
+		return fmt.Errorf("invalidate a cache without a limit: %w", region.ErrNotSupported)
+	}
+	b.mu.Lock()
+	old := slices.Clone(b.pulls) // they may bring older bytes
+	drop := b.drop
+	b.mu.Unlock()
+	for {
+		b.mu.Lock()
+		old = slices.DeleteFunc(old, func(r *stretch) bool { return !slices.Contains(b.pulls, r) })
+		b.mu.Unlock()
+		if len(old) == 0 {
+			break
+		}
+		if err := s.pause(ctx); err != nil {
+			return fmt.Errorf("invalidate the cache: wait for %d pulls under way: %w", len(old), err)
+		}
+	}
+	for idx := int64(0); idx < s.n; {
+		st := State(s.words[idx].Load() & wordState)
+		unclean := false
+		if st == Local {
+			_, unclean = s.evict(idx)
+		} else if st != Filling { // Pulling: asked for since
+			idx++
+			continue
+		}
+		if unclean {
+			return fmt.Errorf("chunk %d at %d waits to be pushed, %d bytes in all: %w", idx, s.at(idx), s.pending()<<s.shift, region.ErrMismatch)
+		}
+		if State(s.words[idx].Load()&wordState) == Remote {
+			idx++
+		} else if err := s.pause(ctx); err != nil {
+			return fmt.Errorf("invalidate the cache: chunk %d at %d is in use: %w", idx, s.at(idx), err)
+		}
+	}
+	b.mu.Lock()
+	s.tidy(&b.active)
+	s.tidy(&b.onTrial)
+	b.mu.Unlock()
+	if drop != nil {
+		return drop(0, s.size)
+	}
+	return nil
+}
+
+func (s *Syncer) pause(ctx context.Context) error {
+	sleep(ctx, minIdle)
+	if s.ctx.Err() != nil {
+		return region.ErrClosed
+	}
+	return ctx.Err()
+}
+
+// tidy takes the chunks out of a queue that have gone. Under mu.
+func (s *Syncer) tidy(q *ring) {
+	for range q.n {
+		if idx := q.pop(); State(s.words[idx].Load()&wordState) != Remote {
+			q.push(idx)
+		}
+	}
 }
 
 // OnDrop sets the function that drops the copies of [off, off+n) in front of
@@ -387,7 +461,11 @@ func (s *Syncer) try(drops bool, cleaning chan struct{}) (gone bool) {
 	idx := b.onTrial.pop()
 	b.mu.Unlock()
 	unclean := false
-	if s.words[idx].Load()&marks == 0 {
+	w := s.words[idx].Load()
+	if w == uint32(Remote) { // it was invalidated
+		return false
+	}
+	if w&marks == 0 {
 		gone, unclean = s.evict(idx)
 	}
 	if unclean {
@@ -408,28 +486,40 @@ func (s *Syncer) evict(idx int64) (gone, unclean bool) {
 	if s.dirty.Has(idx) || s.unflushed.Has(idx) {
 		return false, true
 	}
-	// From here on nobody reads or writes it: they wait until it is Remote.
 	old := s.words[idx].Load()
-	if old&^wordTouched != uint32(Local) || !s.words[idx].CompareAndSwap(old, uint32(Filling)) {
+	claimed := false
+	take := func() bool {
+		// From here on nobody reads or writes it: they wait until it is Remote.
+		claimed = old&^(wordTouched|wordUsed) == uint32(Local) && s.words[idx].CompareAndSwap(old, uint32(Filling))
+		if !claimed {
+			return false
+		}
+		// Whoever wrote it marked it before that. Chunks move from dirty to
+		// unflushed by marks that overlap, and back only under moving.
+		s.moving.Lock()
+		unclean = s.dirty.Has(idx) || s.unflushed.Has(idx)
+		s.moving.Unlock()
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		gone = !unclean && !b.held(idx)
+		return gone
+	}
+	var err error
+	off, n := s.at(idx), s.at(idx+1)-s.at(idx)
+	if m, ok := s.local.(Mapped); ok {
+		err = m.Drop(off, n, take)
+	} else if take() {
+		err = s.local.(region.Trimmer).Trim(s.ctx, off, n)
+	}
+	if !claimed {
 		return false, false
 	}
-	// Whoever wrote it marked it before that. Chunks move from dirty to
-	// unflushed by marks that overlap, and back only under moving.
-	s.moving.Lock()
-	unclean = s.dirty.Has(idx) || s.unflushed.Has(idx)
-	s.moving.Unlock()
-	b.mu.Lock()
-	gone = !unclean && !b.held(idx)
-	b.mu.Unlock()
 	to := old
-	if gone {
-		off := s.at(idx)
-		if err := s.local.(region.Trimmer).Trim(s.ctx, off, s.at(idx+1)-off); err != nil {
-			gone = false
-			b.mu.Lock()
-			b.err = err // for who waits for the room
-			b.mu.Unlock()
-		}
+	if err != nil {
+		gone = false
+		b.mu.Lock()
+		b.err = err // for who waits for the room
+		b.mu.Unlock()
 	}
 	if gone {
 		to = uint32(Remote)

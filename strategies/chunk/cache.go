@@ -21,6 +21,9 @@ type Mapped interface {
 	// again, in one step against Stored. A store that came before is in what is read
 	// from the cache afterwards.
 	Seal(off, n int64, take func()) error
+	// Drop gives the memory of [off, off+n), whole chunks, back if take, called in one
+	// step against Stored, says so. It need not work where the cache is not bounded.
+	Drop(off, n int64, take func() bool) error
 }
 
 // Memory is a cache in anonymous memory. It offers views. Its content is zero

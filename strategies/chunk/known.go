@@ -189,6 +189,9 @@ func (k *Known) Same(ctx context.Context, digests region.Store) error {
 	return nil
 }
 
+// Forget makes all unknown, for good: the content is another.
+func (k *Known) Forget() { k.written.Mark(0, k.n) }
+
 // digest returns the digest of chunk idx and a chunk that had it when it was read.
 func (k *Known) digest(idx int64) (d [DigestSize]byte, like int64, ok bool) {
 	if !k.hashed.Has(idx) || k.written.Has(idx) {

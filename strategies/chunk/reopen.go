@@ -54,6 +54,9 @@ func epochOf(s region.Store) uint32 {
 	return 0
 }
 
+// Epoch implements region.Epocher; it is the same each time.
+func (r *Reopen) Epoch() uint32 { return r.epoch }
+
 // Size implements region.Store.
 func (r *Reopen) Size() int64 { return r.size }
 

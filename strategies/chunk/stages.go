@@ -169,6 +169,15 @@ func (l Limited) WriteAt(ctx context.Context, p []byte, off int64) error {
 	return l.split(p, off, func(p []byte, off int64) error { return l.Store.WriteAt(ctx, p, off) })
 }
 
+// Version implements region.Versioner where the store below does.
+func (l Limited) Version(ctx context.Context) (region.Version, error) {
+	v, ok := l.Store.(region.Versioner)
+	if !ok {
+		return region.Version{}, fmt.Errorf("version of the region: %w", region.ErrNotSupported)
+	}
+	return v.Version(ctx)
+}
+
 // Tracking remembers which chunks were written through it.
 type Tracking struct {
 	region.Store

@@ -163,7 +163,15 @@ func (s *Syncer) present(lo, hi int64) bool {
 }
 
 // Has reports whether all of [off, off+n), which must lie in the region, is local.
-func (s *Syncer) Has(off, n int64) bool { return n <= 0 || s.present(s.span(off, n)) }
+func (s *Syncer) Has(off, n int64) bool {
+	if n <= 0 {
+		return true
+	}
+	lo, hi := s.span(off, n)
+	j := s.pin(lo, hi) // which is also how the reclaimer learns that it is in use
+	s.unpin(lo, j)
+	return j == hi
+}
 
 // Stored says that the cache, which is Mapped, is being written in [off, off+n),
 // whole chunks, by stores through its mapping. It reports false, and does nothing,
@@ -525,14 +533,14 @@ func (s *Syncer) ensure(ctx context.Context, lo, hi int64) error {
 
 // Pull returns once [off, off+n) was local, and asks for what is missing, as the
 // class of ctx, a few requests at a time. It returns the first error. With a
-// Bound it pulls what there is room for.
+// Bound, background pulls stop where there is no room; others wait for it.
 func (s *Syncer) Pull(ctx context.Context, off, n int64) error {
 	if err := s.check(off, n); err != nil || n == 0 {
 		return err
 	}
 	const requests = 8
 	lo, hi := s.span(off, n)
-	for lo < hi && !s.full() {
+	for lo < hi && (region.ClassOf(ctx) == region.Demand || !s.full()) {
 		to := min(lo+requests*s.maxExtent, hi)
 		if err := s.ensure(ctx, lo, to); err != nil {
 			return err

@@ -107,6 +107,7 @@ type remote struct {
 	store  region.Store
 	values param.Values
 	addr   net.Addr
+	writer string // asks for the lease to write; empty does not
 }
 
 // Addr implements strategies.Addressed.
@@ -122,7 +123,15 @@ func (r remote) Open(ctx context.Context) (region.Store, error) {
 	if r.f.Transport == nil {
 		return open{r.store}, ctx.Err()
 	}
-	return r.f.Transport.Open(ctx, transport.DialFunc(r.Dial), transport.Options{Name: "region", Connections: 2})
+	return r.f.Transport.Open(ctx, transport.DialFunc(r.Dial), transport.Options{Name: "region", Connections: 2, Writer: r.writer, ReadOnly: r.writer == ""})
+}
+
+// OpenBeside implements strategies.Beside.
+func (r remote) OpenBeside(ctx context.Context, suffix string) (region.Store, error) {
+	if r.f.Transport == nil {
+		return nil, region.ErrNotSupported
+	}
+	return r.f.Transport.Open(ctx, transport.DialFunc(r.Dial), transport.Options{Name: "region" + suffix, Connections: 1, ReadOnly: true})
 }
 
 // OpenBeside implements strategies.Beside.
@@ -154,8 +163,8 @@ func (o open) View(off, n int64) ([]byte, bool) {
 }
 
 // serve answers connections to store until stop is called.
-func (f Factory) serve(t *testing.T, store region.Store, dir string, v param.Values) (_ strategies.Remote, stop func()) {
-	r := remote{f: f, store: store, values: v}
+func (f Factory) serve(t *testing.T, store region.Store, dir string, v param.Values) (_ remote, stop func()) {
+	r := remote{f: f, store: store, values: v, writer: "the test's writer"}
 	if f.Transport == nil {
 		return r, func() {}
 	}
@@ -172,6 +181,7 @@ func (f Factory) serve(t *testing.T, store region.Store, dir string, v param.Val
 	}
 	r.addr = l.Addr()
 	ctx, cancel := context.WithCancel(context.Background())
+	exports := transport.NewLeases(transport.One{Name: "region", Store: store})
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for {
@@ -182,7 +192,7 @@ func (f Factory) serve(t *testing.T, store region.Store, dir string, v param.Val
 			wg.Go(func() {
 				defer conn.Close()
 				// Its end is the mount's business: a connection may break while a case ends.
-				_ = f.Strategy.Serve(ctx, f.Transport, conn, transport.One{Name: "region", Store: store}, v)
+				_ = f.Strategy.Serve(ctx, f.Transport, conn, exports, v)
 			})
 		}
 	})
@@ -195,7 +205,7 @@ func (f Factory) serve(t *testing.T, store region.Store, dir string, v param.Val
 
 // listen lets the strategy's own program serve the store, which it sees as a file
 // that this process serves through FUSE.
-func (f Factory) listen(t *testing.T, own strategies.Listener, r remote, dir string) (_ strategies.Remote, stop func()) {
+func (f Factory) listen(t *testing.T, own strategies.Listener, r remote, dir string) (_ remote, stop func()) {
 	v, err := param.New(device.Params("fuse"), []string{"read_ahead=0"})
 	if err != nil {
 		t.Fatal(err)
@@ -230,6 +240,8 @@ type rig struct {
 	strategies.Mount
 	*toucher
 	t          *testing.T
+	remote     remote
+	options    strategies.Options
 	ended      bool     // errors of the end are expected
 	stop       []func() // in reverse order
 	stopServer func()   // ends listener and connections; may be called twice
@@ -348,7 +360,10 @@ func (f Factory) tryMount(t *testing.T, source region.Store, change func(*strate
 		change(&o)
 	}
 	r, stop := f.serve(t, source, top, o.Params)
-	g.stopServer = stop
+	if o.ReadOnly {
+		r.writer = ""
+	}
+	g.remote, g.options, g.stopServer = r, o, stop
 	g.stop = append(g.stop, stop)
 	ctx, cancel := context.WithTimeout(t.Context(), patience())
 	defer cancel()

@@ -73,6 +73,8 @@ func TestVariants(t *testing.T) {
 		{"managed-mount", "uffd", "no-workers", conformance.Factory{NoWorkers: true, Settings: []string{"handlers=1"}}},
 		{"managed-mount", "uffd", "page-chunks", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"extent=16KiB", "window=32KiB", "order=random", "dirty_limit=64KiB"}}},
 		{"managed-mount", "fuse", "small-cache", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"cache=64KiB"}}},
+		{"managed-mount", "uffd", "small-cache", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"cache=64KiB"}}},
+		{"managed-mount", "nbd", "small-cache", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"cache=64KiB"}}},
 		{"managed-mount", "fuse", "small-file-cache", conformance.Factory{Chunk: region.PageSize(), Settings: []string{"cache=64KiB", "cache_kind=file"}}},
 		{"direct-mount", "fuse", "no-read-ahead", conformance.Factory{Settings: []string{"read_ahead=0", "writeback=true"}}},
 		{"direct-mount", "nbd", "netlink", conformance.Factory{Settings: []string{"nbd_setup=netlink", "nbd_ready=uevent", "nbd_connections=2"}}},

@@ -7,8 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"memsync/strategies"
 	"memsync/strategies/chunk"
@@ -16,6 +20,7 @@ import (
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
+	"memsync/strategies/watch"
 )
 
 // Strategy is direct-mount.
@@ -29,13 +34,14 @@ func (Strategy) Info() strategies.Info {
 	return strategies.Info{
 		Name:         "direct-mount",
 		Doc:          "local device; each of its requests is one request to the source",
-		Capabilities: []strategies.Capability{strategies.Reads, strategies.Writes},
+		Capabilities: []strategies.Capability{strategies.Reads, strategies.Writes, strategies.Leases},
 		Devices:      devices,
-		Params:       append(chunk.SplitParams(), device.Params(devices...)...),
+		Params:       slices.Concat(watch.Params(true), chunk.SplitParams(), device.Params(devices...)),
 		DefaultChunk: 64 << 10,
-		Consistency: "One reader and writer host. Readers of the device see its writers at once (one page cache). " +
+		Consistency: "One writing host at a time, by a lease; a second one is refused. Readers, any number, mount read-only. Readers of the device see its writers at once (one page cache). " +
 			"Writes reach the source when the kernel writes them back: by msync or fsync and then Sync, or by Close. " +
-			"Pages that were read stay cached: later changes at the source are not seen.",
+			"Pages that were read stay cached. A source that another changes is noticed by its version, within check_interval and at Sync and Close: " +
+			"then nothing more is read or written (on_change=fail), or, of a read-only mount, the page cache is dropped (invalidate).",
 	}
 }
 
@@ -48,12 +54,12 @@ func (Strategy) Serve(ctx context.Context, t transport.Transport, conn net.Conn,
 // the largest read request, unless the device's parameters set another.
 func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Options) (strategies.Mount, error) {
 	began := time.Now()
-	s, err := r.Open(ctx)
+	m := &mount{readOnly: o.ReadOnly, closed: make(chan struct{}), warmed: make(chan struct{})}
+	s, err := m.open(ctx, r, o.Params)
 	if err != nil {
-		return nil, fmt.Errorf("open the remote region: %w", err)
+		return nil, err
 	}
 	opened := time.Since(began)
-	m := &mount{store: s, readOnly: o.ReadOnly, closed: make(chan struct{}), warmed: make(chan struct{})}
 	warmCtx, cool := context.WithCancel(context.WithoutCancel(ctx))
 	m.cool = cool
 	go func() {
@@ -65,16 +71,60 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		maxRead = 0 // no round trip to keep small
 	}
 	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, Chunk: maxRead, ReadOnly: o.ReadOnly, Params: o.Params})
+	if _, ok := m.dev.(device.Cacher); err == nil && !ok && o.Params.Text("on_change") == watch.Invalidate {
+		err = errors.Join(fmt.Errorf("on_change=invalidate with device %s, whose page cache is the kernel's to drop: %w", o.Device, region.ErrNotSupported), m.dev.Close(ctx))
+	}
 	if err != nil {
 		m.coolDown()
-		return nil, errors.Join(err, s.Close())
+		return nil, errors.Join(err, m.watch.Close(), s.Close())
 	}
+	m.opened.Store(true)
 	select { // opening took two round trips at least, so one more should be over by then
 	case <-m.warmed:
 	case <-time.After(opened):
 	case <-ctx.Done():
 	}
 	return m, nil
+}
+
+// open opens the remote region and what watches it.
+func (m *mount) open(ctx context.Context, r strategies.Remote, p param.Values) (s region.Store, err error) {
+	invalidate := p.Text("on_change") == watch.Invalidate
+	if invalidate && !m.readOnly {
+		return nil, fmt.Errorf("on_change=invalidate with a mount that writes, whose dirty pages cannot be merged: %w", region.ErrNotSupported)
+	}
+	var opening errgroup.Group
+	if b, ok := r.(strategies.Beside); ok {
+		opening.Go(func() (err error) {
+			m.watch, err = watch.Open(ctx, b.OpenBeside, p)
+			return err
+		})
+	}
+	s, err = r.Open(ctx)
+	if werr := opening.Wait(); err == nil && werr != nil {
+		return nil, errors.Join(werr, s.Close())
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open the remote region: %w", err), m.watch.Close())
+	}
+	var follow watch.Options
+	if e, ok := s.(region.Epocher); ok {
+		follow.Epoch = e.Epoch()
+	}
+	if invalidate {
+		follow.Invalidate = m.invalidate
+	}
+	m.watch.Start(follow)
+	m.store = m.watch.Wrap(s)
+	return m.store, nil
+}
+
+// invalidate drops the kernel's page cache.
+func (m *mount) invalidate(context.Context) error {
+	if !m.opened.Load() {
+		return fmt.Errorf("it changed while the device was being opened: %w", region.ErrMismatch)
+	}
+	return m.dev.(device.Cacher).Invalidate(0, m.store.Size())
 }
 
 // warm reads a little from a remote store while the device is being opened, so
@@ -107,6 +157,8 @@ const (
 
 type mount struct {
 	store    region.Store
+	watch    *watch.Watch  // nil: the source has no version, or nobody asks
+	opened   atomic.Bool   // dev is there
 	cool     func()        // ends warm
 	warmed   chan struct{} // closed when it has ended
 	dev      device.Device
@@ -123,21 +175,24 @@ func (m *mount) Attachment() strategies.Attachment {
 // Sync flushes the source. It does not write the page cache back: that would
 // be an fsync of our own mount. The workload does it first, by msync.
 func (m *mount) Sync(ctx context.Context) error {
-	if m.readOnly {
-		return nil
+	if err := m.watch.Check(ctx); err != nil || m.readOnly {
+		return err
 	}
 	return m.store.Flush(ctx)
 }
 
-// Err is the latest error behind an EIO or SIGBUS that the workload saw.
-func (m *mount) Err() error { return m.dev.Err() }
+// Err is the latest error behind an EIO or SIGBUS that the workload saw, and what
+// is known of a source that changed.
+func (m *mount) Err() error { return errors.Join(m.watch.Err(), m.dev.Err()) }
 
 func (m *mount) Stats() strategies.Stats {
 	d := m.dev.Stats()
+	checks, changes := m.watch.Counts()
 	return strategies.Stats{
 		DemandRequests: d.ReadRequests, DemandBytes: d.ReadBytes,
 		PushRequests: d.WriteRequests, PushBytes: d.WriteBytes,
-		Extra: map[string]int64{"device_flushes": d.Flushes, "device_interrupts": d.Interrupts, "device_errors": d.Errors},
+		Extra: map[string]int64{"device_flushes": d.Flushes, "device_interrupts": d.Interrupts, "device_errors": d.Errors,
+			"version_checks": checks, "source_changes": changes},
 	}
 }
 
@@ -148,16 +203,18 @@ func (m *mount) Close(ctx context.Context) error {
 	m.closing.Do(func() {
 		defer close(m.closed)
 		m.coolDown()
+		changed := m.watch.Last(ctx)
 		err := m.dev.Close(ctx)
 		if err != nil {
 			err = errors.Join(err, m.dev.Err())
 		}
+		err = errors.Join(changed, err)
 		if !m.readOnly && m.dev.Stats().WriteRequests > 0 {
 			if ferr := m.store.Flush(ctx); ferr != nil {
 				err = errors.Join(err, fmt.Errorf("flush the source: %w", ferr))
 			}
 		}
-		m.closeErr = errors.Join(err, m.store.Close())
+		m.closeErr = errors.Join(err, m.watch.Close(), m.store.Close())
 	})
 	<-m.closed
 	return m.closeErr

@@ -36,7 +36,7 @@ func TestDigestExports(t *testing.T) {
 	plain := transport.One{Name: "region", Store: store}
 	for _, size := range []int{4096, 65536} {
 		name := "region" + digestSuffix + strconv.Itoa(size)
-		s, err := open(digestExports{plain}, name)
+		s, err := open(digestExports(plain), name)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -63,11 +63,11 @@ func TestDigestExports(t *testing.T) {
 		}
 	}
 	for _, bad := range []string{"region.digests-", "region.digests-5", "region.digests-0", "region.digests-9999999999999", "other.digests-4096", "region.digests-134217728"} {
-		if _, err := open(digestExports{plain}, bad); !errors.Is(err, region.ErrMissing) {
+		if _, err := open(digestExports(plain), bad); !errors.Is(err, region.ErrMissing) {
 			t.Errorf("%s: %v", bad, err)
 		}
 	}
-	if s, err := open(digestExports{plain}, "region"); err != nil || s.Size() != 70_000 {
+	if s, err := open(digestExports(plain), "region"); err != nil || s.Size() != 70_000 {
 		t.Errorf("the region itself: %v", err)
 	} else if err := s.Close(); err != nil {
 		t.Error(err)

@@ -26,6 +26,7 @@ import (
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
+	"memsync/strategies/watch"
 )
 
 // Strategy is managed-mount.
@@ -74,9 +75,9 @@ func (Strategy) Info() strategies.Info {
 	return strategies.Info{
 		Name:         "managed-mount",
 		Doc:          "local device on a local cache, with background pull and push",
-		Capabilities: []strategies.Capability{strategies.Reads, strategies.Writes, strategies.Prefetch},
+		Capabilities: []strategies.Capability{strategies.Reads, strategies.Writes, strategies.Leases, strategies.Prefetch},
 		Devices:      devices,
-		Params:       slices.Concat(params(), chunk.SplitParams(), device.Params(devices...)),
+		Params:       slices.Concat(params(), watch.Params(true), chunk.SplitParams(), device.Params(devices...)),
 		DefaultChunk: 64 << 10,
 		PullWorkers:  16, // x extent is the window
 		PushWorkers:  4,
@@ -86,37 +87,37 @@ func (Strategy) Info() strategies.Info {
 			"Readers of the device see its writers at once (one page cache, one cache). " +
 			"Writes are pushed in the background, a chunk at a time and in no particular order, so that the source is consistent only after " +
 			"Sync or Close: all that the workload wrote back (msync, fsync) before is at the source then. " +
-			"Changes at the source after the mount, by whom a lease does not bind, may or may not be seen.",
+			"A source that another changes is noticed by its version, within check_interval and at Sync and Close: " +
+			"then nothing more is read or pushed (on_change=fail), or what is cached is dropped (invalidate).",
 	}
 }
 
 // Serve hands the connection to the transport: the source only reads and writes.
 func (Strategy) Serve(ctx context.Context, t transport.Transport, conn net.Conn, e transport.Exports, _ param.Values) error {
-	return t.Serve(ctx, conn, digestExports{e})
+	return t.Serve(ctx, conn, digestExports(e))
 }
 
 // digestSuffix, and the chunk's size in bytes, make the name of the export that
 // has the digests of another's chunks (chunk.Digests).
 const digestSuffix = ".digests-"
 
-// digestExports offers beside each export the digests of its chunks.
-type digestExports struct{ transport.Exports }
-
-// Open implements transport.Exports.
-func (e digestExports) Open(name string) (region.Store, error) {
-	s, err := e.Exports.Open(name)
-	i := strings.LastIndex(name, digestSuffix)
-	if i < 0 || !errors.Is(err, region.ErrMissing) {
-		return s, err
-	}
-	size, bad := strconv.ParseInt(name[i+len(digestSuffix):], 10, 64)
-	if bad != nil || region.CheckChunk(size) != nil || size > maxDigestChunk {
-		return nil, err
-	}
-	if s, err = e.Exports.Open(name[:i]); err != nil {
-		return nil, err
-	}
-	return chunk.NewDigests(s, size)
+// digestExports offers beside each export of e the digests of its chunks.
+func digestExports(e transport.Exports) transport.Exports {
+	return transport.With(e, func(name string) (region.Store, error) {
+		s, err := e.Open(name)
+		i := strings.LastIndex(name, digestSuffix)
+		if i < 0 || !errors.Is(err, region.ErrMissing) {
+			return s, err
+		}
+		size, bad := strconv.ParseInt(name[i+len(digestSuffix):], 10, 64)
+		if bad != nil || region.CheckChunk(size) != nil || size > maxDigestChunk {
+			return nil, err
+		}
+		if s, err = e.Open(name[:i]); err != nil {
+			return nil, err
+		}
+		return chunk.NewDigests(s, size)
+	}, func(name string) string { return name })
 }
 
 // maxDigestChunk bounds the memory that a client can make a source take for a digest.
@@ -151,6 +152,12 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	background, stop := context.WithCancel(region.WithClass(context.WithoutCancel(ctx), region.Prefetch))
 	m.stopPulling = stop
 	var opening errgroup.Group
+	if b, ok := r.(strategies.Beside); ok {
+		opening.Go(func() (err error) {
+			m.watch, err = watch.Open(ctx, b.OpenBeside, p)
+			return err
+		})
+	}
 	if p.Text("known") == "same" {
 		opening.Go(func() (err error) {
 			m.digests, err = openDigests(ctx, r, o.Chunk)
@@ -180,6 +187,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		}
 		remote = m.known
 	}
+	remote = m.watch.Wrap(remote)
 	syncer, err := chunk.NewSyncer(remote, m.cache, o.Chunk, extent)
 	if err != nil {
 		return nil, err
@@ -187,6 +195,15 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if limit > 0 {
 		if err := syncer.Bound(limit); err != nil {
 			return nil, err
+		}
+	}
+	follow := watch.Options{Epoch: m.remote.Epoch()}
+	if p.Text("on_change") == watch.Invalidate {
+		follow.Invalidate = func(ctx context.Context) error {
+			if m.known != nil {
+				m.known.Forget()
+			}
+			return syncer.Invalidate(ctx)
 		}
 	}
 	if m.journal != nil {
@@ -202,11 +219,19 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		SyncWorkers: max(syncWorkers, o.PushWorkers),
 	})
 	// Only from here on may the remote region be read: opening it again needs the pusher.
+	m.watch.Start(follow)
 	if m.known != nil {
 		// What is not learnt crosses the wire, so that an error is no reason to fail.
-		m.learning.Go(func() { _ = m.known.Holes(background, m.remote) })
+		learn := func(f func() error) {
+			m.learning.Go(func() {
+				if m.watch.Ready(background) == nil {
+					_ = f()
+				}
+			})
+		}
+		learn(func() error { return m.known.Holes(background, m.remote) })
 		if m.digests != nil {
-			m.learning.Go(func() { _ = m.known.Same(background, m.digests) })
+			learn(func() error { return m.known.Same(background, m.digests) })
 		}
 	}
 	var wanted order.Order
@@ -259,6 +284,8 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	}
 	if c, ok := m.dev.(device.Cacher); ok {
 		syncer.OnDrop(c.Invalidate)
+	} else if follow.Invalidate != nil && m.memory == nil {
+		return nil, fmt.Errorf("on_change=invalidate with device %s, whose page cache is the kernel's to drop: %w", o.Device, region.ErrNotSupported)
 	}
 	m.preemptive = m.pusher.LocalBytes()
 	return m, nil
@@ -289,16 +316,17 @@ func (o recordedOwner) Pull(ctx context.Context, off, n int64) error {
 	return o.Owner.Pull(ctx, off, n)
 }
 
-// cacheLimit returns how many bytes the cache may hold; 0 is all.
+// cacheLimit returns how many bytes the cache may hold; 0 is all, which never go.
 func cacheLimit(o strategies.Options, size int64) (int64, error) {
 	limit := o.Params.Size("cache")
 	switch {
 	case limit == 0 || limit >= size:
+		if o.Params.Text("on_change") == watch.Invalidate {
+			return size, nil
+		}
 		return 0, nil
 	case limit < minCacheChunks*o.Chunk:
 		return 0, fmt.Errorf("cache of %d bytes: want at least %d chunks of %d bytes, or 0 for all of the region: %w", limit, minCacheChunks, o.Chunk, region.ErrOutOfRange)
-	case o.Device == "uffd":
-		return 0, fmt.Errorf("cache of %d bytes for a region of %d with device uffd, which does not evict yet: %w", limit, size, region.ErrNotSupported)
 	}
 	return limit, nil
 }
@@ -312,7 +340,7 @@ func (m *mount) openCache(o strategies.Options, size, limit int64) (region.Store
 	case o.Device == "uffd" && kind != "auto" && kind != "memory":
 		return nil, fmt.Errorf("cache_kind=%s with device uffd, whose cache is the memory that the workload maps: %w", kind, region.ErrNotSupported)
 	case o.Device == "uffd":
-		memory, err := uffd.NewMemory(size, uffd.MemoryOptions{Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: o.Params})
+		memory, err := uffd.NewMemory(size, uffd.MemoryOptions{Chunk: o.Chunk, ReadOnly: o.ReadOnly, Evicts: limit > 0, Params: o.Params})
 		if err != nil {
 			return nil, err
 		}
@@ -334,7 +362,7 @@ func (m *mount) openCache(o strategies.Options, size, limit int64) (region.Store
 		return f, nil
 	}
 	if limit > 0 {
-		slots, err := chunk.NewSlots(size, o.Chunk, limit)
+		slots, err := chunk.NewSlots(size, o.Chunk, region.RoundUp(limit, o.Chunk))
 		if err != nil {
 			return nil, err
 		}
@@ -379,6 +407,7 @@ type mount struct {
 	preemptive  int64
 	stopPulling func() // ends what an order still reads, and learning
 
+	watch    *watch.Watch // nil: the source has no version, or nobody asks
 	known    *chunk.Known // nil: nothing is known beforehand
 	digests  region.Store // of the source's chunks; nil where they are not used
 	learning sync.WaitGroup
@@ -406,15 +435,17 @@ func (m *mount) ServeFaults(f *os.File, base uintptr) error {
 
 // Sync pushes what is dirty and flushes the source. It does not write the page
 // cache back: that would be an fsync of our own mount. The workload does it first.
+// Nothing is pushed onto a source that another changed.
 func (m *mount) Sync(ctx context.Context) error {
-	if m.readOnly {
-		return nil
+	if err := m.watch.Check(ctx); err != nil || m.readOnly {
+		return err
 	}
 	return m.pusher.Flush(ctx)
 }
 
-// Err is the latest error behind an EIO or SIGBUS that the workload saw.
-func (m *mount) Err() error { return m.dev.Err() }
+// Err is the latest error behind an EIO or SIGBUS that the workload saw, and what
+// is known of a source that changed.
+func (m *mount) Err() error { return errors.Join(m.watch.Err(), m.dev.Err()) }
 
 func (m *mount) Stats() strategies.Stats {
 	s, d := m.pusher.Stats(), m.dev.Stats()
@@ -427,6 +458,7 @@ func (m *mount) Stats() strategies.Stats {
 	if m.known != nil {
 		zero, same = m.known.Saved()
 	}
+	checks, changes := m.watch.Counts()
 	return strategies.Stats{
 		Faults:         faults,
 		DemandRequests: s.DemandRequests, DemandBytes: s.DemandBytes,
@@ -438,6 +470,7 @@ func (m *mount) Stats() strategies.Stats {
 			"local_bytes": m.pusher.LocalBytes(), "dirty_bytes": m.pusher.DirtyBytes(),
 			"zero_bytes": zero, "duplicate_bytes": same,
 			"dropped_pull_bytes": s.DroppedBytes, "evicted_bytes": m.pusher.Evicted(), "recovered_bytes": m.recovered, "repeated_requests": s.Repeated,
+			"version_checks": checks, "source_changes": changes,
 			"pull_retries": m.puller.Retries(), "push_failures": failures,
 			"device_reads": d.ReadRequests, "device_writes": d.WriteRequests, "device_flushes": d.Flushes, "device_errors": d.Errors,
 		},
@@ -463,12 +496,15 @@ func (m *mount) Close(ctx context.Context) error {
 
 // close undoes what Mount has done so far.
 func (m *mount) close(ctx context.Context) (err error) {
+	if m.dev != nil {
+		err = m.watch.Last(ctx)
+	}
 	if m.stopPulling != nil {
 		m.stopPulling()
 		m.learning.Wait()
 	}
 	if m.digests != nil {
-		err = m.digests.Close()
+		err = errors.Join(err, m.digests.Close())
 	}
 	if m.puller != nil {
 		m.puller.Close()
@@ -484,6 +520,7 @@ func (m *mount) close(ctx context.Context) (err error) {
 	if m.pusher != nil {
 		err = errors.Join(err, m.pusher.Shutdown(ctx))
 	}
+	err = errors.Join(err, m.watch.Close())
 	if m.remote != nil {
 		err = errors.Join(err, m.remote.Close())
 	}

@@ -48,15 +48,16 @@ const exportName = "region"
 // the device's sectors. No export's own name begins with it.
 const wholeSectors = "memsync sectors: "
 
-type exports struct{ transport.Exports }
-
-func (e exports) Open(name string) (region.Store, error) {
-	own, padded := strings.CutPrefix(name, wholeSectors)
-	s, err := e.Exports.Open(own)
-	if err == nil && padded {
-		s = nbdk.Sectors(s)
-	}
-	return s, err
+// exports offers each region of e rounded up, too. Its lease is the region's.
+func exports(e transport.Exports) transport.Exports {
+	own := func(name string) string { return strings.TrimPrefix(name, wholeSectors) }
+	return transport.With(e, func(name string) (region.Store, error) {
+		s, err := e.Open(own(name))
+		if err == nil && own(name) != name {
+			s = nbdk.Sectors(s)
+		}
+		return s, err
+	}, own)
 }
 
 // Serve speaks NBD, whatever the transport is: the other end is a kernel.
@@ -64,7 +65,7 @@ func (Strategy) Serve(ctx context.Context, t transport.Transport, conn net.Conn,
 	if t == nil || t.Name() != "nbd" {
 		t = &nbd.Transport{}
 	}
-	return t.Serve(ctx, conn, exports{e})
+	return t.Serve(ctx, conn, exports(e))
 }
 
 // Mount connects and hands the connections to the kernel; two round trips, four

@@ -1,6 +1,9 @@
 package region
 
-import "context"
+import (
+	"context"
+	"time"
+)
 
 // Extent is a run of bytes with one allocation state.
 type Extent struct {
@@ -56,3 +59,32 @@ type ReadOnlyer interface {
 // Epocher tells with which epoch of the lease to write a Store was opened (see
 // transport.Leases); 0 means that the source knows no leases.
 type Epocher interface{ Epoch() uint32 }
+
+// Version tells one state of a region's bytes from another, as one host sees it.
+type Version struct {
+	// Instance is a life of the source. Changes of different lives cannot be compared.
+	Instance uint64
+	// Changes counts the changes by others than the host that asks.
+	Changes uint64
+	// State stands for the content from one life of the source to the next; it
+	// changes with every write. 0 is unknown.
+	State uint64
+	// Age is how long ago the bytes were changed, by whomever; long where that is not known.
+	Age time.Duration
+}
+
+// Same reports whether nobody else changed the bytes between v and w. Where the
+// source was started anew in between, that needs the State to be known, and
+// nothing to have been written at all.
+func (v Version) Same(w Version) bool {
+	if v.Instance == w.Instance {
+		return v.Changes == w.Changes
+	}
+	return v.State != 0 && v.State == w.State
+}
+
+// Versioner is a Store that notices changes of its bytes that are made past it.
+// Its Version has no Instance: Changes are since the Store was opened.
+type Versioner interface {
+	Version(ctx context.Context) (Version, error)
+}

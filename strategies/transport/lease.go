@@ -2,7 +2,9 @@ package transport
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"sync"
+	"time"
 
 	"memsync/strategies/region"
 )
@@ -25,15 +27,19 @@ type Leaser interface {
 // While somebody holds the lease, nobody else writes. While nobody does, who
 // never asked may (foreign clients do not know how); from the moment that a
 // lease is granted their writes are refused, and those under way have ended.
-// Leases does not see what writes to the region by another way than its Grants.
+// Beside each region it offers its version (VersionSuffix), which counts the
+// writes under its Grants, and what the region's store notices by itself (region.Versioner).
 type Leases struct {
 	Exports
-	mu sync.Mutex
-	m  map[string]*lease // by name
+	instance uint64
+	mu       sync.Mutex
+	m        map[string]*lease // by name
 }
 
 // NewLeases returns Leases of e, of which nobody has one.
-func NewLeases(e Exports) *Leases { return &Leases{Exports: e, m: map[string]*lease{}} }
+func NewLeases(e Exports) *Leases {
+	return &Leases{Exports: e, instance: rand.Uint64() | 1, m: map[string]*lease{}}
+}
 
 var _ Leaser = (*Leases)(nil)
 
@@ -43,6 +49,10 @@ type lease struct {
 	writer  string // the last that had it
 	conns   int    // that it has now
 	epoch   uint32
+
+	writes  uint64            // that began or ended
+	byEpoch map[uint32]uint64 // of these, by each writer
+	written time.Time         // when the last of them did
 }
 
 // Grant is what one connection may do. Its methods may be called concurrently.
@@ -55,17 +65,22 @@ type Grant struct {
 
 // Lease implements Leaser.
 func (l *Leases) Lease(name, writer string) (*Grant, error) {
+	return l.of(name).grant(name, writer)
+}
+
+// of returns the lease of a region, which exists.
+func (l *Leases) of(name string) *lease {
 	if all := l.List(); name == "" && len(all) > 0 {
 		name = all[0]
 	}
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	e := l.m[name]
 	if e == nil {
-		e = &lease{}
+		e = &lease{byEpoch: map[uint32]uint64{}}
 		l.m[name] = e
 	}
-	l.mu.Unlock()
-	return e.grant(name, writer)
+	return e
 }
 
 func (l *lease) grant(name, writer string) (*Grant, error) {
@@ -83,6 +98,7 @@ func (l *lease) grant(name, writer string) (*Grant, error) {
 		if l.writer != writer {
 			l.writer = writer
 			l.epoch++
+			delete(l.byEpoch, l.epoch-maxEpochs)
 		}
 		l.conns++
 	}
@@ -107,12 +123,32 @@ func (g *Grant) Begin() (end func(), err error) {
 	g.l.mu.Lock()
 	other := g.l.writer != g.writer && (g.writer != "" || g.l.conns > 0)
 	epoch := g.l.epoch
+	if !other {
+		g.count()
+	}
 	g.l.mu.Unlock()
 	if other {
 		g.l.writing.RUnlock()
 		return nil, fmt.Errorf("another host has the lease to write, number %d: %w", epoch, region.ErrNotPermitted)
 	}
-	return g.l.writing.RUnlock, nil
+	return g.done, nil
+}
+
+func (g *Grant) done() {
+	g.l.mu.Lock()
+	g.count()
+	g.l.mu.Unlock()
+	g.l.writing.RUnlock()
+}
+
+// count counts a write, under mu: as it begins, so that whoever has seen its bytes
+// sees it counted, and as it ends, so that whoever knew the count before sees a change.
+func (g *Grant) count() {
+	g.l.writes++
+	if g.writer != "" {
+		g.l.byEpoch[g.epoch]++
+	}
+	g.l.written = time.Now()
 }
 
 // End gives the Grant up. It may be called twice, and on a nil Grant.
@@ -125,4 +161,36 @@ func (g *Grant) End() {
 		defer g.l.mu.Unlock()
 		g.l.conns--
 	})
+}
+
+// With returns e with another way of opening, for a strategy that offers more than
+// the regions. Where e is a Leaser it stays one: own names the region whose lease
+// an export has.
+func With(e Exports, open func(name string) (region.Store, error), own func(name string) string) Exports {
+	d := derived{e, open}
+	if l, ok := e.(Leaser); ok {
+		return derivedLeaser{d, l, own}
+	}
+	return d
+}
+
+type derived struct {
+	Exports
+	open func(name string) (region.Store, error)
+}
+
+// Open implements Exports.
+func (d derived) Open(name string) (region.Store, error) { return d.open(name) }
+
+type derivedLeaser struct {
+	derived
+	l   Leaser
+	own func(name string) string
+}
+
+var _ Leaser = derivedLeaser{}
+
+// Lease implements Leaser.
+func (d derivedLeaser) Lease(name, writer string) (*Grant, error) {
+	return d.l.Lease(d.own(name), writer)
 }

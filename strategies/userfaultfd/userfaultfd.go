@@ -10,6 +10,7 @@ import (
 	"os"
 	"sync"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"memsync/strategies"
@@ -17,6 +18,7 @@ import (
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
+	"memsync/strategies/watch"
 )
 
 // Strategy is userfaultfd. docs/strategies/userfaultfd.md describes it.
@@ -35,7 +37,7 @@ func (Strategy) Info() strategies.Info {
 		Capabilities: []strategies.Capability{strategies.Reads, strategies.Prefetch},
 		Devices:      []string{"uffd"},
 		DefaultChunk: region.PageSize(),
-		Params: []param.Spec{
+		Params: append(watch.Params(false), []param.Spec{
 			{Name: "handlers", Kind: param.KindInt, Default: "1", Min: 1, Max: 64, Doc: "threads that answer faults, each with one read of the source at a time; the thesis has 1"},
 			{Name: "fault_around", Kind: param.KindSize, Min: region.PageSize(), Max: 2 << 20, Doc: "bytes that one fault fills, an aligned block of whole chunks; default the chunk"},
 			{Name: "prefetch", Kind: param.KindEnum, Default: "none", Values: []string{"none", "sequential", "all"}, Doc: "pull ahead of sequential readers, or all of the region in order"},
@@ -48,10 +50,11 @@ func (Strategy) Info() strategies.Info {
 			{Name: "poll", Kind: param.KindDuration, Default: "50us", Max: 1e9, Doc: "how long a handler looks for the next fault before it sleeps, where the faulting thread is pinned to other CPUs and that has paid lately; 0 is never"},
 			{Name: "deadline", Kind: param.KindDuration, Default: "30s", Min: 1e6, Max: 3600e9, Doc: "of each read of the source; then the page raises SIGBUS"},
 			{Name: "gc", Kind: param.KindEnum, Default: "on", Values: []string{"on", "off", "load"}, Doc: "the daemon's garbage collector: on, off, or under an allocation load of about 1 GB/s"},
-		},
+		}...),
 		Consistency: "Each page is as it was at the source when it was pulled, and stays so. " +
 			"Stores are refused (SIGSEGV), or with writes=private seen by the workload only. " +
-			"Later changes at the source are not seen in pages that are local.",
+			"A source that another changes is noticed by its version, within check_interval and at Sync and Close: " +
+			"pages that are local stay as they are, others raise SIGBUS from then on (on_change=fail).",
 	}
 }
 
@@ -74,6 +77,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 
 type mount struct {
 	store  region.Store
+	watch  *watch.Watch // nil: the source has no version, or nobody asks
 	attach strategies.Attachment
 	o      uffd.Options
 	gc     func() // stops what startGC started
@@ -112,10 +116,20 @@ func (m *mount) open(ctx context.Context, r strategies.Remote, o strategies.Opti
 	if err := errors.Join(region.CheckChunk(chunk), check(f)); err != nil {
 		return err
 	}
+	var opening errgroup.Group
+	if b, ok := r.(strategies.Beside); ok {
+		opening.Go(func() (err error) {
+			m.watch, err = watch.Open(ctx, b.OpenBeside, p)
+			return err
+		})
+	}
 	var err error
-	if m.store, err = r.Open(ctx); err != nil {
+	m.store, err = r.Open(ctx)
+	if err = errors.Join(err, opening.Wait()); err != nil {
 		return fmt.Errorf("open the remote region: %w", err)
 	}
+	m.watch.Start(watch.Options{})
+	m.store = m.watch.Wrap(m.store)
 	m.attach = strategies.Attachment{Kind: strategies.AttachFault, Size: m.store.Size(), Fault: f,
 		ReadOnly: o.ReadOnly || p.Text("writes") == "refused"}
 	switch f.Memory {
@@ -197,9 +211,9 @@ func (m *mount) Err() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.server == nil {
-		return nil
+		return m.watch.Err()
 	}
-	return m.server.Err()
+	return errors.Join(m.watch.Err(), m.server.Err())
 }
 
 func (m *mount) Attachment() strategies.Attachment { return m.attach }
@@ -219,14 +233,15 @@ func (m *mount) ServeFaults(f *os.File, base uintptr) error {
 	return err
 }
 
-// Sync does nothing: no store of the workload ever goes to the source.
-func (m *mount) Sync(context.Context) error {
+// Sync looks whether the source is what it was: no store of the workload ever goes there.
+func (m *mount) Sync(ctx context.Context) error {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.closed {
+	closed := m.closed
+	m.mu.Unlock()
+	if closed {
 		return region.ErrClosed
 	}
-	return nil
+	return m.watch.Check(ctx)
 }
 
 func (m *mount) Stats() strategies.Stats {
@@ -249,7 +264,7 @@ func (m *mount) Stats() strategies.Stats {
 
 // Close ends serving. A workload that still has the mapping gets SIGBUS on
 // pages that are not local. It returns the first error of the source too.
-func (m *mount) Close(context.Context) error {
+func (m *mount) Close(ctx context.Context) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {
@@ -257,8 +272,12 @@ func (m *mount) Close(context.Context) error {
 	}
 	m.closed = true
 	if m.server != nil {
-		m.err = errors.Join(m.server.Err(), m.server.Close())
+		m.err = m.watch.Last(ctx)
 	}
+	if m.server != nil {
+		m.err = errors.Join(m.err, m.server.Err(), m.server.Close())
+	}
+	m.err = errors.Join(m.err, m.watch.Close())
 	if m.store != nil {
 		m.err = errors.Join(m.err, m.store.Close())
 	}
