@@ -36,11 +36,20 @@ type Journal struct {
 	mu sync.Mutex // of marks, and of marking against unmarking
 	// marked is what the file says.
 	marked *Set
+	header []byte // the file's
+	left   *Origin
+}
+
+// Origin says which content of the source a journal's marks belong to.
+type Origin struct {
+	Version region.Version
+	Epoch   uint32 // of the lease with which the version was asked for
 }
 
 const (
-	journalMagic  = "memsync cache 1\n"
+	journalMagic  = "memsync cache 2\n"
 	journalHeader = 4096 // bytes, of which the last 4 are their CRC-32C
+	journalOrigin = 1024 // in it: 1 if it is known, then instance, changes, state, epoch, 8 bytes each
 	journalName   = "journal"
 )
 
@@ -71,10 +80,11 @@ func OpenJournal(dir string, size, chunk int64, discard bool) (_ *Journal, err e
 	if err != nil {
 		return nil, err
 	}
-	want, err := j.header()
+	want, err := j.begin()
 	if err != nil {
 		return nil, err
 	}
+	j.header = want
 	if fi.Size() > 0 && !discard {
 		if err := j.load(want); err == nil || !errors.Is(err, errUnfinished) {
 			return j, err
@@ -95,8 +105,8 @@ func OpenJournal(dir string, size, chunk int64, discard bool) (_ *Journal, err e
 
 var errUnfinished = errors.New("was not finished")
 
-// header is what a journal of this region begins with, in this life of the kernel.
-func (j *Journal) header() ([]byte, error) {
+// begin is what a journal of this region begins with, in this life of the kernel.
+func (j *Journal) begin() ([]byte, error) {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return nil, err
@@ -107,8 +117,45 @@ func (j *Journal) header() ([]byte, error) {
 	h = binary.LittleEndian.AppendUint64(h, uint64(j.chunk()))
 	h = append(h, strings.TrimSpace(string(boot))...)
 	h = h[:journalHeader]
-	binary.LittleEndian.PutUint32(h[journalHeader-4:], crc32.Checksum(h[:journalHeader-4], crc32.MakeTable(crc32.Castagnoli)))
+	seal(h)
 	return h, nil
+}
+
+func seal(h []byte) {
+	binary.LittleEndian.PutUint32(h[journalHeader-4:], sum(h))
+}
+
+func sum(h []byte) uint32 {
+	return crc32.Checksum(h[:journalHeader-4], crc32.MakeTable(crc32.Castagnoli))
+}
+
+// Origin returns what an earlier mount said of the marks that it left; nil where
+// it said nothing.
+func (j *Journal) Origin() *Origin { return j.left }
+
+// SetOrigin notes which content the marks belong to, from now on. One that was
+// killed in the middle has the old note or the new one: the header is one page,
+// which write(2) copies as a whole.
+func (j *Journal) SetOrigin(o Origin) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	b := j.header[journalOrigin:journalOrigin]
+	for _, v := range []uint64{1, o.Version.Instance, o.Version.Changes, o.Version.State, uint64(o.Epoch)} {
+		b = binary.LittleEndian.AppendUint64(b, v)
+	}
+	seal(j.header)
+	if _, err := j.f.WriteAt(j.header, 0); err != nil {
+		return fmt.Errorf("note the source's version in the cache's journal: %w", err)
+	}
+	return nil
+}
+
+func originOf(h []byte) *Origin {
+	word := func(i int) uint64 { return binary.LittleEndian.Uint64(h[journalOrigin+8*i:]) }
+	if word(0) != 1 {
+		return nil
+	}
+	return &Origin{region.Version{Instance: word(1), Changes: word(2), State: word(3)}, uint32(word(4))}
 }
 
 // load reads the header and the marks.
@@ -123,7 +170,7 @@ func (j *Journal) load(want []byte) error {
 		return errUnfinished
 	case !bytes.Equal(h[:len(journalMagic)], want[:len(journalMagic)]):
 		return fmt.Errorf("it is no journal of this version: %w", region.ErrMismatch)
-	case crc32.Checksum(h[:journalHeader-4], crc32.MakeTable(crc32.Castagnoli)) != binary.LittleEndian.Uint32(h[journalHeader-4:]):
+	case sum(h) != binary.LittleEndian.Uint32(h[journalHeader-4:]):
 		return fmt.Errorf("its header is damaged: %w", region.ErrMismatch)
 	case !bytes.Equal(h[:identity], want[:identity]):
 		return fmt.Errorf("it is of a region of %d bytes in chunks of %d, not %d and %d: %w",
@@ -146,12 +193,14 @@ func (j *Journal) load(want []byte) error {
 		}
 		at += int64(len(p))
 	}
-	if n := j.marked.Count(); n > 0 && !bytes.Equal(h, want) {
+	sameLife := bytes.Equal(h[:journalOrigin], want[:journalOrigin])
+	if n := j.marked.Count(); n > 0 && !sameLife {
 		return fmt.Errorf("%d chunks were not pushed before the host went down, and their bytes may not have reached the disk; recover=discard forgets them: %w", n, region.ErrMismatch)
 	}
-	if !bytes.Equal(h, want) {
+	if !sameLife {
 		return errUnfinished
 	}
+	j.header, j.left = h, originOf(h)
 	return nil
 }
 

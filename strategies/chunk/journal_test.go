@@ -267,7 +267,7 @@ func TestJournalRefuses(t *testing.T) {
 	if n, err := open(good, keptSize, keptChunk); n != 1 || err != nil {
 		t.Fatalf("%d marks, %v; want 1", n, err)
 	}
-	for at, what := range map[int]string{0: "version", 20: "header", 60: "boot", journalHeader - 1: "checksum", journalHeader + 5: "mark"} {
+	for at, what := range map[int]string{0: "version", 20: "header", 60: "boot", journalOrigin + 3: "origin", journalHeader - 1: "checksum", journalHeader + 5: "mark"} {
 		bad := bytes.Clone(good)
 		bad[at] ^= 0x40
 		if _, err := open(bad, keptSize, keptChunk); !errors.Is(err, region.ErrMismatch) {
@@ -289,6 +289,37 @@ func TestJournalRefuses(t *testing.T) {
 	j, err := OpenJournal(dir, keptSize, keptChunk, true)
 	if err != nil || !j.Empty() {
 		t.Fatalf("discard: %v", err)
+	}
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestOrigin: what a mount notes of the source is there for the next one, and the latest counts.
+func TestOrigin(t *testing.T) {
+	dir := t.TempDir()
+	j, err := OpenJournal(dir, keptSize, keptChunk, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if j.Origin() != nil {
+		t.Error("a new journal has an origin")
+	}
+	var last Origin
+	for i := range uint64(3) {
+		last = Origin{region.Version{Instance: 1 << 63, Changes: i, State: 9}, 7}
+		if err := j.SetOrigin(last); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(j.mark(1, 2, func() {}), j.f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if j, err = OpenJournal(dir, keptSize, keptChunk, false); err != nil {
+		t.Fatal(err)
+	}
+	if o := j.Origin(); o == nil || *o != last || j.Empty() {
+		t.Errorf("%+v, want %+v", o, last)
 	}
 	if err := j.Close(); err != nil {
 		t.Fatal(err)

@@ -197,6 +197,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 			return nil, err
 		}
 	}
+	m.syncer = syncer
 	follow := watch.Options{Epoch: m.remote.Epoch()}
 	if p.Text("on_change") == watch.Invalidate {
 		follow.Invalidate = func(ctx context.Context) error {
@@ -212,6 +213,9 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		}
 		if m.recovered > 0 && o.ReadOnly {
 			return nil, fmt.Errorf("%d bytes in %s wait to be pushed, and this mount is read-only: %w", m.recovered, p.Text("cache_dir"), region.ErrReadOnly)
+		}
+		if err := m.compare(ctx, &follow, p); err != nil {
+			return nil, fmt.Errorf("recover the cache in %s: %w", p.Text("cache_dir"), err)
 		}
 	}
 	m.pusher = chunk.StartPusher(syncer, chunk.PushOptions{
@@ -262,6 +266,9 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		pull()
 	}
 	g, gctx := errgroup.WithContext(ctx)
+	if m.journal != nil {
+		g.Go(func() error { return m.watch.Ready(gctx) }) // it is in the journal before the first mark
+	}
 	g.Go(func() error {
 		if err := m.pusher.Pull(region.WithClass(gctx, region.Prefetch), 0, first); err != nil {
 			return fmt.Errorf("pull the first %d bytes: %w", first, err)
@@ -303,6 +310,39 @@ func pullFirst(o strategies.Options) int64 {
 		return max(first, min(o.Params.Size("read_ahead"), window))
 	}
 	return max(first, window)
+}
+
+// compare refuses to push what an earlier mount left onto a source that another
+// changed since, and has the journal say what this mount's marks belong to.
+func (m *mount) compare(ctx context.Context, follow *watch.Options, p param.Values) error {
+	left := m.journal.Origin()
+	if m.recovered == 0 {
+		left = nil
+	}
+	if m.watch == nil {
+		if left != nil && p.Text("on_change") != watch.Ignore {
+			return fmt.Errorf("%d bytes wait to be pushed, and the source does not tell any more whether it is what it was; recover=discard forgets them: %w", m.recovered, region.ErrMismatch)
+		}
+		return nil
+	}
+	follow.Noted = func(v region.Version) error { return m.journal.SetOrigin(chunk.Origin{Version: v, Epoch: follow.Epoch}) }
+	if left == nil {
+		return nil
+	}
+	// First what this mount is to be compared by, then what the earlier one was: no change falls between the two.
+	base, err := m.watch.At(ctx, follow.Epoch)
+	if err != nil {
+		return err
+	}
+	now, err := m.watch.At(ctx, left.Epoch)
+	if err != nil {
+		return err
+	}
+	if !left.Version.Same(now) {
+		return fmt.Errorf("%d bytes wait to be pushed, and another changed the source since, or it was started anew after it was written; recover=discard forgets them: %w", m.recovered, region.ErrMismatch)
+	}
+	follow.Base = &base
+	return follow.Noted(base)
 }
 
 // recordedOwner notes the faults that had to wait for their bytes.
@@ -397,6 +437,7 @@ type mount struct {
 	recovered   int64          // bytes that an earlier mount left
 	remote      *chunk.Reopen
 	cache       region.Store
+	syncer      *chunk.Syncer
 	pusher      *chunk.Pusher // with the syncer in it
 	puller      *chunk.Puller
 	dev         device.Device
@@ -517,8 +558,11 @@ func (m *mount) close(ctx context.Context) (err error) {
 	if m.recorder != nil {
 		err = errors.Join(err, m.recorder.Save(m.record))
 	}
-	if m.pusher != nil {
+	switch {
+	case m.pusher != nil:
 		err = errors.Join(err, m.pusher.Shutdown(ctx))
+	case m.syncer != nil:
+		err = errors.Join(err, m.syncer.Close())
 	}
 	err = errors.Join(err, m.watch.Close())
 	if m.remote != nil {

@@ -48,6 +48,7 @@ func (Strategy) Info() strategies.Info {
 			{Name: "memory", Kind: param.KindEnum, Default: "anonymous", Values: []string{"anonymous", "shared", "huge", "thp"}, Doc: "what the workload maps: private memory, a memfd, a memfd of reserved 2 MiB pages, or private memory aligned and advised for 2 MiB pages"},
 			{Name: "writes", Kind: param.KindEnum, Default: "refused", Values: []string{"refused", "private"}, Doc: "a read-only mapping, or stores that the source never sees"},
 			{Name: "poll", Kind: param.KindDuration, Default: "50us", Max: 1e9, Doc: "how long a handler looks for the next fault before it sleeps, where the faulting thread is pinned to other CPUs and that has paid lately; 0 is never"},
+			{Name: "cache", Kind: param.KindSize, Default: "0", Doc: "bytes of the region that may be local; less than the region is not supported, since nothing is evicted; 0 is the region"},
 			{Name: "deadline", Kind: param.KindDuration, Default: "30s", Min: 1e6, Max: 3600e9, Doc: "of each read of the source; then the page raises SIGBUS"},
 			{Name: "gc", Kind: param.KindEnum, Default: "on", Values: []string{"on", "off", "load"}, Doc: "the daemon's garbage collector: on, off, or under an allocation load of about 1 GB/s"},
 		}...),
@@ -127,6 +128,9 @@ func (m *mount) open(ctx context.Context, r strategies.Remote, o strategies.Opti
 	m.store, err = r.Open(ctx)
 	if err = errors.Join(err, opening.Wait()); err != nil {
 		return fmt.Errorf("open the remote region: %w", err)
+	}
+	if limit := p.Size("cache"); limit > 0 && limit < m.store.Size() {
+		return fmt.Errorf("%d bytes of memory for a region of %d: userfaultfd alone evicts nothing; managed-mount on device uffd does: %w", limit, m.store.Size(), region.ErrNotSupported)
 	}
 	m.watch.Start(watch.Options{})
 	m.store = m.watch.Wrap(m.store)

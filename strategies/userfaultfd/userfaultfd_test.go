@@ -409,7 +409,7 @@ func TestDaemonKilled(t *testing.T) {
 }
 
 func TestMountRefuses(t *testing.T) {
-	for _, v := range []string{"resolve=continue", "chunk=64KiB fault_around=96KiB", "chunk=5000", "memory=huge resolve=continue"} {
+	for _, v := range []string{"resolve=continue", "chunk=64KiB fault_around=96KiB", "chunk=5000", "memory=huge resolve=continue", "cache=64KiB"} {
 		s := newStore(content, 1<<20)
 		if m, err := mountStore(s, strings.Fields(v)...); err == nil {
 			m.Close(context.Background())

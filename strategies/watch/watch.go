@@ -211,6 +211,11 @@ func (w *Watch) Check(ctx context.Context) error {
 	return w.ask(ctx)
 }
 
+// At asks for the version as the writer with another epoch sees it, and changes nothing.
+func (w *Watch) At(ctx context.Context, epoch uint32) (region.Version, error) {
+	return transport.ReadVersion(ctx, w.source, epoch)
+}
+
 // Last looks once more when a mount is closed: what was mixed since the look
 // before must not go unsaid. It returns Err. Where the source does not answer it
 // takes 2 s at most and cannot tell; whoever has something to push meets that too.
