@@ -74,7 +74,9 @@ type there struct {
 	writer string
 }
 
-func (r there) Open(ctx context.Context) (region.Store, error) { return r.open(ctx, "region", r.writer) }
+func (r there) Open(ctx context.Context) (region.Store, error) {
+	return r.open(ctx, "region", r.writer)
+}
 func (r there) OpenBeside(ctx context.Context, suffix string) (region.Store, error) {
 	return r.open(ctx, "region"+suffix, "")
 }

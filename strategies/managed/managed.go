@@ -325,7 +325,9 @@ func (m *mount) compare(ctx context.Context, follow *watch.Options, p param.Valu
 		}
 		return nil
 	}
-	follow.Noted = func(v region.Version) error { return m.journal.SetOrigin(chunk.Origin{Version: v, Epoch: follow.Epoch}) }
+	follow.Noted = func(v region.Version) error {
+		return m.journal.SetOrigin(chunk.Origin{Version: v, Epoch: follow.Epoch})
+	}
 	if left == nil {
 		return nil
 	}
