@@ -127,14 +127,6 @@ func (r remote) Open(ctx context.Context) (region.Store, error) {
 }
 
 // OpenBeside implements strategies.Beside.
-func (r remote) OpenBeside(ctx context.Context, suffix string) (region.Store, error) {
-	if r.f.Transport == nil {
-		return nil, region.ErrNotSupported
-	}
-	return r.f.Transport.Open(ctx, transport.DialFunc(r.Dial), transport.Options{Name: "region" + suffix, Connections: 1, ReadOnly: true})
-}
-
-// OpenBeside implements strategies.Beside.
 func (r remote) OpenBeside(ctx context.Context, suffix string, writable bool) (region.Store, error) {
 	if r.f.Transport == nil {
 		return nil, region.ErrNotSupported

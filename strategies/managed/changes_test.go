@@ -77,7 +77,7 @@ type there struct {
 func (r there) Open(ctx context.Context) (region.Store, error) {
 	return r.open(ctx, "region", r.writer)
 }
-func (r there) OpenBeside(ctx context.Context, suffix string) (region.Store, error) {
+func (r there) OpenBeside(ctx context.Context, suffix string, _ bool) (region.Store, error) {
 	return r.open(ctx, "region"+suffix, "")
 }
 

@@ -78,11 +78,11 @@ type Watch struct {
 // Open opens the versions of a source by open, which is that of the export beside
 // the region with a suffix (strategies.Beside). It takes as long as opening the
 // region and may go on beside that. A source without versions gives nil, nil.
-func Open(ctx context.Context, open func(ctx context.Context, suffix string) (region.Store, error), p param.Values) (*Watch, error) {
+func Open(ctx context.Context, open func(ctx context.Context, suffix string, writable bool) (region.Store, error), p param.Values) (*Watch, error) {
 	if p.Text("on_change") == Ignore {
 		return nil, nil
 	}
-	s, err := chunk.OpenAgain(ctx, func(ctx context.Context) (region.Store, error) { return open(ctx, transport.VersionSuffix) }, nil)
+	s, err := chunk.OpenAgain(ctx, func(ctx context.Context) (region.Store, error) { return open(ctx, transport.VersionSuffix, false) }, nil)
 	if errors.Is(err, region.ErrMissing) || errors.Is(err, region.ErrNotSupported) {
 		return nil, nil
 	} else if err != nil {

@@ -99,7 +99,7 @@ func start(t *testing.T, slow time.Duration, o Options, settings ...string) *rig
 	if err != nil {
 		t.Fatal(err)
 	}
-	g.Watch, err = Open(t.Context(), func(_ context.Context, suffix string) (region.Store, error) {
+	g.Watch, err = Open(t.Context(), func(_ context.Context, suffix string, _ bool) (region.Store, error) {
 		g.opens++
 		s, err := g.exports.Open("r" + suffix)
 		return &ends{Store: far{s, 10*time.Millisecond + g.slow, 10 * time.Millisecond}, gone: &g.gone}, err
@@ -235,7 +235,7 @@ func TestNone(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		w, err := Open(t.Context(), func(context.Context, string) (region.Store, error) { return nil, region.ErrMissing }, p)
+		w, err := Open(t.Context(), func(context.Context, string, bool) (region.Store, error) { return nil, region.ErrMissing }, p)
 		if w != nil || err != nil {
 			t.Errorf("%s: %v, %v", setting, w, err)
 		}
@@ -254,7 +254,7 @@ func TestNone(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Open(t.Context(), func(context.Context, string) (region.Store, error) { return nil, bad }, p); !errors.Is(err, bad) {
+	if _, err := Open(t.Context(), func(context.Context, string, bool) (region.Store, error) { return nil, bad }, p); !errors.Is(err, bad) {
 		t.Error(err)
 	}
 }
