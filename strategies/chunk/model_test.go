@@ -87,6 +87,7 @@ type source struct {
 	mu               sync.Mutex
 	content, durable []byte
 	epoch            int
+	lease            uint32 // counts the writers
 }
 
 func (s *source) crash() {
@@ -94,6 +95,19 @@ func (s *source) crash() {
 	defer s.mu.Unlock()
 	s.epoch++
 	copy(s.content, s.durable)
+}
+
+// another is a write of somebody else, flushed; with lease it took that over first.
+func (s *source) another(id byte, off, end int64, lease bool) (now []byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if lease {
+		s.lease++
+	}
+	for x := off; x < end; x++ {
+		s.content[x], s.durable[x] = value(id, x), value(id, x)
+	}
+	return bytes.Clone(s.durable)
 }
 
 func (s *source) snapshot() []byte {
@@ -107,10 +121,12 @@ type conn struct {
 	*source
 	sched *scheduler
 	epoch int
+	lease uint32
 }
 
-func (c *conn) Size() int64  { return int64(len(c.content)) }
-func (c *conn) Close() error { return nil }
+func (c *conn) Epoch() uint32 { return c.lease }
+func (c *conn) Size() int64   { return int64(len(c.content)) }
+func (c *conn) Close() error  { return nil }
 
 func (c *conn) do(ctx context.Context, what string, f func()) error {
 	if err := c.sched.park(ctx, what); err != nil {
@@ -263,7 +279,7 @@ func TestModel(t *testing.T) {
 	}
 	t.Logf("%d schedules: %+v", n, c)
 	if c.Reads == 0 || c.Writes == 0 || c.Syncs == 0 || c.Crashes == 0 || c.Hedges == 0 || c.Dropped == 0 || c.Repushed == 0 || c.Retries == 0 ||
-		c.Evicted == 0 || c.Drops == 0 {
+		c.Evicted == 0 || c.Drops == 0 || c.Takeovers == 0 || c.Changes == 0 {
 		t.Errorf("the schedules missed something")
 	}
 }
@@ -288,6 +304,8 @@ func anyOrder(r *rand.Rand, size int64) order.Order {
 
 type counts struct {
 	Reads, Writes, Syncs, Failed, Crashes, Hedges, Dropped, Repushed, Retries, Evicted, Drops, Steps int64
+	Takeovers                                                                                        int64 // schedules in which another host took the lease while the connection was lost
+	Changes                                                                                          int64 // changes by others that were dealt with by Invalidate
 }
 
 func (c *counts) schedule(t *testing.T, seed uint64) {
@@ -332,7 +350,7 @@ func (c *counts) schedule(t *testing.T, seed uint64) {
 		}
 		src.mu.Lock()
 		defer src.mu.Unlock()
-		return &conn{source: src, sched: sched, epoch: src.epoch}, nil
+		return &conn{source: src, sched: sched, epoch: src.epoch, lease: src.lease}, nil
 	}, func() { pusher.Lost() })
 	if err != nil {
 		t.Fatal(err)
@@ -370,8 +388,33 @@ func (c *counts) schedule(t *testing.T, seed uint64) {
 			failure = err
 		}
 	}
+	// In some schedules nobody writes but others, behind the Syncer's back, after which it is invalidated;
+	// in some another host takes the lease over when the connection is lost.
+	others := limit > 0 && r.IntN(4) == 0
+	var taken []byte // what the source has from then on
+	var changing atomic.Bool
+	change := func(id byte, off, end int64) {
+		if changing.Swap(true) {
+			return
+		}
+		w := h.begin(id, off, end)
+		src.another(id, off, end, false)
+		running.Add(1)
+		go func() {
+			defer running.Add(-1)
+			defer changing.Store(false)
+			err := s.Invalidate(t.Context())
+			h.finish(w, err)
+			if err == nil {
+				atomic.AddInt64(&c.Changes, 1)
+			}
+		}()
+	}
 	client := func(id byte, kind int, off, n int64) {
-		ctx, cancel := context.WithCancel(t.Context())
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // a cache that is full of what cannot be pushed any more
+		if others && kind > 1 {
+			kind = 0
+		}
 		cancels = append(cancels, cancel)
 		running.Add(1)
 		go func() {
@@ -418,6 +461,7 @@ func (c *counts) schedule(t *testing.T, seed uint64) {
 	}
 	rate := []int{0, 0, 10, 30}[r.IntN(4)] // per cent of operations that fail
 	crashes := r.IntN(3) == 0
+	takeover := crashes && r.IntN(3) == 0
 	injected := errors.New("injected")
 	step := func(draining bool) {
 		synctest.Wait()
@@ -454,6 +498,20 @@ func (c *counts) schedule(t *testing.T, seed uint64) {
 			trace = append(trace, "crash")
 			src.crash()
 			c.Crashes++
+			if takeover && taken == nil && !others {
+				off := r.Int64N(size)
+				end := off + 1 + r.Int64N(size-off)
+				trace = append(trace, fmt.Sprintf("another host takes the lease and writes %d+%d", off, end-off))
+				h.finish(h.begin(253, off, end), errors.New("no reader need see it"))
+				taken = src.another(253, off, end, true)
+				c.Takeovers++
+			}
+		case k == 9 && others && id < 250:
+			id++
+			off := r.Int64N(size)
+			end := off + 1 + r.Int64N(size-off)
+			trace = append(trace, fmt.Sprintf("another changes %d+%d, write %d", off, end-off, id))
+			change(id, off, end)
 		case k == 8:
 			trace = append(trace, "time")
 			time.Sleep(time.Duration(r.IntN(300)) * time.Millisecond)
@@ -489,7 +547,7 @@ func (c *counts) schedule(t *testing.T, seed uint64) {
 		synctest.Wait()
 		select {
 		case err := <-closed:
-			if err != nil {
+			if err != nil && (taken == nil || !errors.Is(err, region.ErrMismatch)) {
 				fail(err)
 			}
 			open = false
@@ -497,7 +555,10 @@ func (c *counts) schedule(t *testing.T, seed uint64) {
 			step(true)
 		}
 	}
-	if err := h.check(src.snapshot(), 0, h.clock.Add(1)); err != nil {
+	if taken != nil && !bytes.Equal(src.snapshot(), taken) {
+		fail(errors.New("the source does not have what the host wrote that took the lease over"))
+	}
+	if err := h.check(src.snapshot(), 0, h.clock.Add(1)); err != nil && taken == nil {
 		fail(fmt.Errorf("source after Close: %w", err))
 	}
 	if err := pusher.ReadAt(t.Context(), make([]byte, 1), 0); !errors.Is(err, region.ErrClosed) {
