@@ -211,3 +211,61 @@ func (s suite) TestSourceInvalidates(t *testing.T) {
 	}
 	g.close(ctx)
 }
+
+// patchy is a source that cannot read some of its bytes.
+type patchy struct {
+	*storetest.Bytes
+	from, to int64
+	mended   atomic.Bool
+}
+
+func (p *patchy) ReadAt(ctx context.Context, b []byte, off int64) error {
+	if !p.mended.Load() && off < p.to && off+int64(len(b)) > p.from {
+		return errInjected
+	}
+	return p.Bytes.ReadAt(ctx, b, off)
+}
+
+// TestOneBadChunk: a source that gives an error for one chunk fails the readers of
+// that chunk, and nobody else; when it can read it again, so can they.
+func (s suite) TestOneBadChunk(t *testing.T) {
+	if s.can(strategies.LocalOnly) || s.can(strategies.Copies) {
+		t.Skip("reads all of the source in Mount")
+	}
+	ctx := within(t)
+	chunk := s.chunk()
+	size := 64*chunk + 4<<20
+	content := storetest.Seeded(region.Content{Seed: 14}, size)
+	want := content.Snapshot()
+	bad := 32 * chunk
+	source := &patchy{Bytes: content, from: bad, to: bad + chunk}
+	g := s.mount(t, source, nil, "pull_first=0")
+	g.ended = true // a mount may report the error once more when it is closed
+	if _, err := g.read(ctx, bad+10, 100); !errors.Is(err, errAccess) {
+		t.Errorf("read of the bad chunk: %v, want an error", err)
+	}
+	for _, off := range []int64{0, bad - chunk, bad - 100, bad + chunk, size - 100} {
+		g.expect(ctx, want, off, 100)
+	}
+	if _, err := g.read(ctx, bad-50, 100); !errors.Is(err, errAccess) {
+		t.Errorf("read across the border of the bad chunk: %v, want an error", err)
+	}
+	source.mended.Store(true)
+	if g.Attachment().Kind == strategies.AttachFault && !s.can(strategies.Writes) {
+		return // a page that could not be filled stays poisoned in that mapping
+	}
+	for {
+		p, err := g.read(ctx, bad, int(chunk))
+		if err == nil {
+			if err := same(p, want[bad:bad+chunk], bad); err != nil {
+				t.Error(err)
+			}
+			break
+		}
+		if !errors.Is(err, errAccess) {
+			t.Fatalf("the source can read the chunk again, but the mount cannot: %v", err)
+		}
+		time.Sleep(time.Millisecond) // a retry may be due first
+	}
+	g.close(ctx)
+}
