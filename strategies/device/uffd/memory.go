@@ -207,7 +207,7 @@ func (m *Memory) begin() error {
 		}
 		workers = append(workers, w)
 	}
-	repairer, err := m.newWorker(region.Prefetch, 0)
+	repairer, err := m.newWorker(region.Demand, 0) // somebody got an error, and a full cache has room for who asks only
 	if err != nil {
 		return err
 	}
@@ -530,13 +530,19 @@ func (m *Memory) tryRepair(w *worker) bool {
 	m.badMu.Unlock()
 	for _, lo := range bad {
 		n := min(lo+m.chunk, m.size) - lo
-		if m.lend(w, func(ctx context.Context) error { return m.owner.Pull(ctx, lo, n) }) != nil {
+		if m.lend(w, func(ctx context.Context) error { return m.owner.Pull(ctx, lo, n) }) != nil || !m.owner.Has(lo, n) {
 			continue
 		}
 		// UFFDIO_CONTINUE takes the place of a mark; a page that was filled by the
 		// pull itself is mapped already.
+		mended := true
 		for at := lo; at < lo+n; at += m.page {
-			_, _ = Continue(m.fd, m.base+uintptr(at), m.page, m.mode)
+			if _, e := Continue(m.fd, m.base+uintptr(at), m.page, m.mode); e == unix.EFAULT {
+				mended = false // it has left a small cache again
+			}
+		}
+		if !mended {
+			continue
 		}
 		m.repaired.Add(n)
 		m.badMu.Lock()
