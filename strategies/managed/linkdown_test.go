@@ -164,10 +164,12 @@ func linkDown(t *testing.T, down time.Duration) {
 		return nil
 	})
 	_, _ = rand.Read(want)
-	if _, err := dd(bytes.NewReader(want), "of="+path, "conv=notrunc"); err != nil {
-		t.Fatal(err)
-	}
-	interrupted("Sync", 50*time.Millisecond, func() error { return errors.Join(m.Sync(ctx), written()) })
+	interrupted("Sync", 100*time.Millisecond, func() error { // 8 MiB take 0.7 s
+		if _, err := dd(bytes.NewReader(want), "of="+path, "conv=notrunc"); err != nil {
+			return err
+		}
+		return errors.Join(m.Sync(ctx), written())
+	})
 	// And all of it is still there to be read.
 	if got, err := dd(nil, "if="+path); err != nil || !bytes.Equal(got, want) {
 		t.Errorf("read afterwards: %v", err)
