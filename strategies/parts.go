@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"memsync/strategies/region"
+	"memsync/strategies/transport"
 )
 
 // MountParts mounts a region as k devices, of region.PartSize each, side by side,
@@ -114,6 +115,8 @@ func (p *parts) Err() error {
 	return nil
 }
 
+var _ Beside = partOf{}
+
 // partOf is the way to the i-th of k parts of a region.
 type partOf struct {
 	Remote
@@ -134,4 +137,13 @@ func (r partOf) Open(ctx context.Context) (region.Store, error) {
 		n = s.Size() - off
 	}
 	return region.Section(s, off, n), nil
+}
+
+// OpenBeside implements Beside for the region's version, which is that of each part too.
+func (r partOf) OpenBeside(ctx context.Context, suffix string) (region.Store, error) {
+	b, ok := r.Remote.(Beside)
+	if !ok || suffix != transport.VersionSuffix {
+		return nil, fmt.Errorf("export %s of a part of a region: %w", suffix, region.ErrNotSupported)
+	}
+	return b.OpenBeside(ctx, suffix)
 }
