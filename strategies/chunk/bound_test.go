@@ -376,3 +376,53 @@ func TestReadAhead(t *testing.T) {
 		})
 	}
 }
+
+// TestInvalidate: afterwards all is read anew; what waits to be pushed is not
+// dropped, and says so; the queues do not grow by it.
+func TestInvalidate(t *testing.T) {
+	const chunk, size = 16, 16*10 + 3
+	remote := newBytes(size)
+	mem, err := NewSlots(size, chunk, size+chunk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	s, err := NewSyncer(remote, mem, chunk, 4*chunk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Invalidate(t.Context()); !errors.Is(err, region.ErrNotSupported) {
+		t.Errorf("without a Bound: %v", err)
+	}
+	if err := s.Bound(size); err != nil {
+		t.Fatal(err)
+	}
+	p := StartPusher(s, PushOptions{})
+	got := make([]byte, size)
+	for round := range byte(5) {
+		for i := range remote.b {
+			remote.b[i] = round
+		}
+		if err := errors.Join(s.Invalidate(t.Context()), p.ReadAt(t.Context(), got, 0)); err != nil {
+			t.Fatal(err)
+		}
+		if got[0] != round || got[size-1] != round || s.LocalBytes() != size {
+			t.Errorf("round %d: read %d and %d, %d bytes are local", round, got[0], got[size-1], s.LocalBytes())
+		}
+	}
+	if n := s.bound.active.n + s.bound.onTrial.n; n != 11 {
+		t.Errorf("%d chunks in the queues, want 11", n)
+	}
+	if err := p.WriteAt(t.Context(), []byte("x"), 50); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Invalidate(t.Context()); !errors.Is(err, region.ErrMismatch) {
+		t.Errorf("with a dirty chunk: %v, want ErrMismatch", err)
+	}
+	if err := errors.Join(p.ReadAt(t.Context(), got, 0), p.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if got[50] != 'x' || remote.b[50] != 'x' {
+		t.Error("what was written is lost")
+	}
+}
