@@ -140,10 +140,10 @@ func (r partOf) Open(ctx context.Context) (region.Store, error) {
 }
 
 // OpenBeside implements Beside for the region's version, which is that of each part too.
-func (r partOf) OpenBeside(ctx context.Context, suffix string) (region.Store, error) {
+func (r partOf) OpenBeside(ctx context.Context, suffix string, writable bool) (region.Store, error) {
 	b, ok := r.Remote.(Beside)
 	if !ok || suffix != transport.VersionSuffix {
 		return nil, fmt.Errorf("export %s of a part of a region: %w", suffix, region.ErrNotSupported)
 	}
-	return b.OpenBeside(ctx, suffix)
+	return b.OpenBeside(ctx, suffix, writable)
 }

@@ -35,7 +35,7 @@ func (w wired) open(ctx context.Context, name, writer string) (region.Store, err
 func (w wired) Open(ctx context.Context) (region.Store, error) {
 	return w.open(ctx, "region", "writer")
 }
-func (w wired) OpenBeside(ctx context.Context, suffix string) (region.Store, error) {
+func (w wired) OpenBeside(ctx context.Context, suffix string, _ bool) (region.Store, error) {
 	return w.open(ctx, "region"+suffix, "")
 }
 
