@@ -12,7 +12,7 @@ import (
 func cacheFigures() []Figure {
 	return []Figure{
 		farMemory("far-memory", "fuse", "FUSE", "The kernel's page cache lies in front of the local cache: what leaves the one is dropped from the other."),
-		farMemory("far-memory-uffd", "uffd", "userfaultfd", "The local cache is the workload's memory: a chunk is unmapped before it goes, and stays if it is touched then."),
+		farMemory("far-memory-uffd", "uffd", "userfaultfd", "The local cache is the workload's memory; a chunk that is mapped is used unseen, so that the oldest goes."),
 	}
 }
 
