@@ -27,7 +27,7 @@ import (
 // A chunk that was touched may have copies of its bytes in front of the cache
 // (the kernel's page cache or page tables), whose use the Syncer does not see.
 // Where those can be dropped, that begins with the trial: if the chunk is in use it
-// will be touched again. A Mapped cache is unmapped for the same reason. Nobody waits for a drop, since it may wait for a read of the
+// will be touched again. Nobody waits for a drop, since it may wait for a read of the
 // device that waits for a room itself. Copies of what has gone do no harm: the
 // region is written through this Syncer only.
 type bound struct {
@@ -45,7 +45,6 @@ type bound struct {
 	err     error         // why the last attempt to make chunks clean, or to take one out, failed
 	drop    func(off, n int64) error
 	clean   func(ctx context.Context) error
-	mapped  bool // the cache is Mapped: it may be in use without a mark, and drop is unmap
 
 	streams streams
 	kick    chan struct{} // to the reclaimer
@@ -101,10 +100,6 @@ func (s *Syncer) Bound(bytes int64) error {
 	}
 	s.maxExtent = max(1, min(s.maxExtent, limit/4))
 	s.bound = &bound{limit: limit, low: min(limit/16, 4*s.maxExtent), trial: max(1, limit/4), freed: make(chan struct{}), kick: make(chan struct{}, 1)}
-	if m, ok := s.local.(Mapped); ok {
-		s.bound.drop = func(off, n int64) error { return s.unmap(m, off>>s.shift) }
-		s.bound.mapped = true
-	}
 	s.bound.wg.Go(s.reclaim)
 	return nil
 }
@@ -155,7 +150,7 @@ func (s *Syncer) Invalidate(ctx context.Context) error {
 	s.tidy(&b.active)
 	s.tidy(&b.onTrial)
 	b.mu.Unlock()
-	if drop != nil && !b.mapped {
+	if drop != nil {
 		return drop(0, s.size)
 	}
 	return nil
@@ -415,20 +410,17 @@ func (s *Syncer) age(drop func(off, n int64) error, drops chan struct{}) {
 	case old >= wordPin:
 		b.active.push(idx)
 		return
-	case old&marks == 0 && !b.mapped:
+	case old&marks == 0:
 		b.onTrial.push(idx)
 		return
 	case drop == nil:
-		s.unmark(idx, marks)
+		s.words[idx].And(^marks)
 		b.active.push(idx)
 		return
 	}
-	run := stretch{idx, idx + 1}
-	if !b.mapped {
-		run.hi = s.markedRun(idx, marks)
-	}
+	run := stretch{idx, s.markedRun(idx, marks)}
 	for i := run.lo; i < run.hi; i++ {
-		s.unmark(i, marks)
+		s.words[i].And(^marks)
 		b.onTrial.push(i)
 	}
 	select {
@@ -441,46 +433,6 @@ func (s *Syncer) age(drop func(off, n int64) error, drops chan struct{}) {
 		_ = drop(s.at(run.lo), s.at(run.hi)-s.at(run.lo))
 		<-drops
 	})
-}
-
-// unmark takes marks of chunk idx away if it is Local.
-func (s *Syncer) unmark(idx int64, marks uint32) {
-	for w := &s.words[idx]; ; {
-		old := w.Load()
-		if State(old&wordState) != Local || w.CompareAndSwap(old, old&^marks) {
-			return
-		}
-	}
-}
-
-// unmap has chunk idx of a Mapped cache touched anew if it is clean and in no other use.
-func (s *Syncer) unmap(m Mapped, idx int64) error {
-	old := s.words[idx].Load()
-	claimed := false
-	err := m.Unmap(s.at(idx), s.at(idx+1)-s.at(idx), func() bool {
-		if old != uint32(Local) || s.dirty.Has(idx) || s.unflushed.Has(idx) || !s.words[idx].CompareAndSwap(old, uint32(Filling)) {
-			return false
-		}
-		claimed = true
-		s.moving.Lock()
-		defer s.moving.Unlock()
-		return !s.dirty.Has(idx) && !s.unflushed.Has(idx)
-	})
-	if !claimed {
-		return err
-	}
-	to := old
-	if err != nil { // its bytes are gone; the source has them
-		to = uint32(Remote)
-		s.nLocal.Add(-1)
-	}
-	if s.words[idx].Swap(to)&wordWaited != 0 {
-		s.wake(idx)
-	}
-	if err != nil {
-		s.leave(1)
-	}
-	return err
 }
 
 // markedRun takes the chunks that follow idx in active, as long as they are its

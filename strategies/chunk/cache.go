@@ -24,9 +24,6 @@ type Mapped interface {
 	// Drop gives the memory of [off, off+n), whole chunks, back if take, called in one
 	// step against Stored, says so. It need not work where the cache is not bounded.
 	Drop(off, n int64, take func() bool) error
-	// Unmap makes the next touch of [off, off+n), whole chunks, known again, if take, called as
-	// by Drop, says so. The bytes stay, but for an error: then they are gone.
-	Unmap(off, n int64, take func() bool) error
 }
 
 // Memory is a cache in anonymous memory. It offers views. Its content is zero

@@ -100,8 +100,7 @@ type Memory struct {
 	// mu makes one step of "told and lifted" by a handler, and of "taken and
 	// protected" by Seal and Drop: else a store between the two halves of one
 	// would be in a chunk that nobody knows to be dirty. It is held over ioctls only.
-	mu    sync.Mutex
-	spare []byte // of Unmap
+	mu sync.Mutex
 
 	broken   chan struct{} // a chunk was poisoned
 	badMu    sync.Mutex
@@ -370,49 +369,9 @@ func (m *Memory) Drop(off, n int64, take func() bool) error {
 		return nil
 	}
 	// Clean chunks are protected: a store waits for m.mu, and then finds them remote.
-	return m.wrap("drop", int(n), off, m.punch(off, region.RoundUp(n, m.page)))
-}
-
-// Unmap takes [off, off+n), whole chunks, out of the workload's mapping if take,
-// called with stores held off, says that they are local and clean; the next touch of
-// the chunk is a fault. The kernel has no way to unmap another process's pages but to
-// take them from the file: they are read, punched out and written back. On an error
-// they are gone. It takes MemoryOptions.Evicts.
-func (m *Memory) Unmap(off, n int64, take func() bool) error {
-	if !m.o.Evicts {
-		return fmt.Errorf("unmap %d bytes at %d of a sealed memory: %w", n, off, region.ErrNotSupported)
-	}
-	if err := region.CheckRange(off, n, m.size); err != nil || n == 0 {
-		return err
-	}
-	m.gate.RLock()
-	defer m.gate.RUnlock()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if !m.serving || !take() {
-		return nil
-	}
-	length := region.RoundUp(n, m.page)
-	if int64(len(m.spare)) < length {
-		m.spare = make([]byte, max(length, m.chunk))
-	}
-	p := m.spare[:length]
-	if _, err := m.file.ReadAt(p, off); err != nil {
-		return errors.Join(m.wrap("unmap", int(n), off, err), m.punch(off, length))
-	}
-	if err := m.punch(off, length); err != nil {
-		return m.wrap("unmap", int(n), off, err)
-	}
-	if _, err := m.file.WriteAt(p, off); err != nil {
-		return errors.Join(m.wrap("unmap", int(n), off, err), m.punch(off, length))
-	}
-	return nil
-}
-
-func (m *Memory) punch(off, length int64) error {
-	err := unix.Fallocate(int(m.file.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
+	err := unix.Fallocate(int(m.file.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, region.RoundUp(n, m.page))
 	runtime.KeepAlive(m.file)
-	return os.NewSyscallError("fallocate", err)
+	return m.wrap("drop", int(n), off, err)
 }
 
 // fault answers one event: all of the chunk at once.
