@@ -414,13 +414,13 @@ func (s *Syncer) age(drop func(off, n int64) error, drops chan struct{}) {
 		b.onTrial.push(idx)
 		return
 	case drop == nil:
-		s.words[idx].And(^marks)
+		s.unmark(idx, marks)
 		b.active.push(idx)
 		return
 	}
 	run := stretch{idx, s.markedRun(idx, marks)}
 	for i := run.lo; i < run.hi; i++ {
-		s.words[i].And(^marks)
+		s.unmark(i, marks)
 		b.onTrial.push(i)
 	}
 	select {
@@ -433,6 +433,17 @@ func (s *Syncer) age(drop func(off, n int64) error, drops chan struct{}) {
 		_ = drop(s.at(run.lo), s.at(run.hi)-s.at(run.lo))
 		<-drops
 	})
+}
+
+// unmark takes marks of chunk idx away if it is Local: otherwise, as after an
+// Invalidate, the bits mean something else.
+func (s *Syncer) unmark(idx int64, marks uint32) {
+	for w := &s.words[idx]; ; {
+		old := w.Load()
+		if State(old&wordState) != Local || w.CompareAndSwap(old, old&^marks) {
+			return
+		}
+	}
 }
 
 // markedRun takes the chunks that follow idx in active, as long as they are its
