@@ -129,7 +129,7 @@ func (m *model) fill(p []byte, page int64) {
 }
 
 // check compares a region with the state. partly allows that the next publication was being
-// written: a prefix of its words.
+// written: a prefix of its bytes (where the race detector watches, a word is stored byte by byte).
 func (m *model) check(mem []byte, partly bool) error {
 	sequence := uint64(0)
 	for _, g := range m.gen {
@@ -143,7 +143,7 @@ func (m *model) check(mem []byte, partly bool) error {
 		var fresh [pg]byte
 		m.content(sequence+1).Fill(fresh[:], p*pg)
 		w := int64(0)
-		for ; partly && w < pg && string(mem[p*pg+w:p*pg+w+8]) == string(fresh[w:w+8]); w += 8 {
+		for ; partly && w < pg && mem[p*pg+w] == fresh[w]; w++ {
 		}
 		if copy(want[p*pg:], fresh[:w]); w < pg {
 			break // what comes later must not have begun
