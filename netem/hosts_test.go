@@ -99,7 +99,8 @@ func TestHosts(t *testing.T) {
 					t.Errorf("host %d sent %d bytes, want %d times %d and headers", i, got, want, size)
 				}
 			}
-			if c.SourceTx.Bytes != after[0] || c.DestinationTx.Bytes < size {
+			// The last acknowledgements may still be on their way between the two looks.
+			if late := after[0] - c.SourceTx.Bytes; late < 0 || late > 20_000 || c.DestinationTx.Bytes < size {
 				t.Errorf("counters of the source: %+v, it sent %d", c, after[0])
 			}
 			if p.Rate == 0 {

@@ -87,9 +87,10 @@ func (f *fan) up(i int) int {
 	return -1
 }
 
-// open mounts destination i, attaches its workload and, where others follow it,
-// lets it serve them.
-func (f *fan) open(ctx context.Context, i int) error {
+// mount mounts destination i, attaches its workload and, where others follow it, lets
+// it serve them. It may go on beside rounds: those leave a destination out until its
+// open is set, by whoever makes the rounds.
+func (f *fan) mount(ctx context.Context, i int) error {
 	d, source := f.all[i], f.source
 	if up := f.up(i); up >= 0 {
 		source = f.all[up].relay
@@ -105,7 +106,7 @@ func (f *fan) open(ctx context.Context, i int) error {
 	if err != nil {
 		return err
 	}
-	d.open, d.start, d.usable, d.stats = true, m.Start, usable.Usable, m.Stats
+	d.start, d.usable, d.stats = m.Start, usable.Usable, m.Stats
 	for k := range f.all {
 		if f.up(k) != i {
 			continue
@@ -136,9 +137,10 @@ func (f *fan) openFirst(ctx context.Context, n int) error {
 					return context.Cause(ctx)
 				}
 			}
-			if err := f.open(ctx, i); err != nil {
+			if err := f.mount(ctx, i); err != nil {
 				return err
 			}
+			f.all[i].open = true
 			close(opened[i])
 			return nil
 		})
@@ -218,9 +220,14 @@ func (f *fan) sent() (bytes []int64, err error) {
 func (f *fan) happens(ctx context.Context, n int) (end func() error, happened bool) {
 	d, middle := f.last(), (f.cell.params.Int("sync_rounds")+1)/2
 	var do func() error
+	after := func() {}
 	switch event := f.cell.params.Text("event"); {
 	case event == strategies.EventLate && n == middle, event == strategies.EventReturns && n == middle+1:
 		do = func() error { return f.join(ctx) }
+		after = func() {
+			d.open = true
+			f.out.Values["join_time"] = seconds(d.usable - d.start)
+		}
 	case event == strategies.EventSlow && n == middle:
 		slow, stop := context.WithCancel(ctx)
 		done := make(chan error, 1)
@@ -239,7 +246,13 @@ func (f *fan) happens(ctx context.Context, n int) (end func() error, happened bo
 	}
 	done := make(chan error, 1)
 	go func() { done <- do() }()
-	return func() error { return <-done }, true
+	return func() error {
+		err := <-done
+		if err == nil {
+			after()
+		}
+		return err
+	}, true
 }
 
 // join opens the last destination while rounds go on; one that died is a new process.
@@ -258,11 +271,7 @@ func (f *fan) join(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := f.open(ctx, len(f.all)-1); err != nil {
-		return err
-	}
-	f.out.Values["join_time"] = seconds(d.usable - d.start)
-	return nil
+	return f.mount(ctx, len(f.all)-1)
 }
 
 // throttle stops a process for four fifths of the time until ctx ends.

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unsafe"
@@ -132,7 +133,12 @@ func TestLinkDown(t *testing.T) {
 	s := source(t, m, SourceOptions{Chunk: 64 << 10})
 	up := listen(t, s.Serve)
 	// A relay that swallows what comes while it is down.
-	gate := make(chan struct{})
+	var gate atomic.Pointer[chan struct{}] // closed: down
+	open := func() {
+		c := make(chan struct{})
+		gate.Store(&c)
+	}
+	open()
 	down := listen(t, func(ctx context.Context, c net.Conn) error {
 		to, err := up.dial(ctx)
 		if err != nil {
@@ -151,7 +157,7 @@ func TestLinkDown(t *testing.T) {
 					return
 				}
 				select {
-				case <-gate: // down: nothing passes, nobody is told
+				case <-*gate.Load(): // down: nothing passes, nobody is told
 					<-ctx.Done()
 					return
 				default:
@@ -169,7 +175,7 @@ func TestLinkDown(t *testing.T) {
 	if err := d.Wait(ctx, 1); err != nil {
 		t.Fatal(err)
 	}
-	close(gate)
+	close(*gate.Load())
 	m.write([]byte("while the link is down"), 100_000)
 	begin := time.Now()
 	if _, err := s.Sync(ctx); err != nil { // without the one that is silent
@@ -179,8 +185,8 @@ func TestLinkDown(t *testing.T) {
 		t.Errorf("the source waited %v for a destination that is silent", took)
 	}
 	filled := s.statistics().FilledBytes
-	gate = make(chan struct{}) // up again, for new connections
-	down.cut()                 // and those that lingered in the relay are gone
+	open()     // up again, for new connections
+	down.cut() // and those that lingered in the relay are gone
 	round, err := s.Sync(ctx)
 	if err != nil {
 		t.Fatal(err)
