@@ -19,6 +19,9 @@ const VersionSuffix = ".version"
 // A record is four big-endian words: instance, changes, state, age in ns.
 const versionRecord = 32
 
+// VersionSize is the size of every version export, by which it is told from a server that has one export under whatever name.
+const VersionSize int64 = versionRecord << 32
+
 // maxEpochs is how many writers are remembered. To an earlier one its own writes are another's.
 const maxEpochs = 1024
 
@@ -47,7 +50,7 @@ func (l *Leases) Open(name string) (region.Store, error) {
 	return versions{l, own, s}, nil
 }
 
-func (v versions) Size() int64 { return versionRecord << 32 }
+func (v versions) Size() int64 { return VersionSize }
 
 func (v versions) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if err := region.CheckRange(off, int64(len(p)), v.Size()); err != nil {

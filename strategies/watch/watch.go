@@ -88,6 +88,9 @@ func Open(ctx context.Context, open func(ctx context.Context, suffix string, wri
 	} else if err != nil {
 		return nil, fmt.Errorf("open the version of the source: %w", err)
 	}
+	if s.Size() != transport.VersionSize { // a server that has one export under whatever name
+		return nil, s.Close()
+	}
 	return &Watch{source: s, interval: p.Duration("check_interval"), asking: make(chan struct{}, 1),
 		known: make(chan struct{}), kick: make(chan struct{}, 1)}, nil
 }
