@@ -86,7 +86,6 @@ type leecher struct {
 	mu      sync.Mutex
 	m       handover.Destination
 	session uint64
-	round   uint64
 	puller  *chunk.Puller
 	stale   *chunk.Set // chunks that were written at the source after they were pulled
 	dropped *chunk.Set // those of them that have left the memory already
@@ -97,7 +96,8 @@ type leecher struct {
 	served  bool
 	err     error // of the rounds, which nobody waits for
 
-	dirtied  atomic.Int64 // chunks that became stale, each time
+	round    atomic.Uint64 // the last one that was answered
+	dirtied  atomic.Int64  // chunks that became stale, each time
 	bulkFrom time.Time
 	closing  sync.Once
 	closeErr error
@@ -309,7 +309,7 @@ func (l *leecher) advance(ctx context.Context) (reply, error) {
 	if !ok {
 		return reply{}, nil
 	}
-	r := request{Request: want, Session: l.session, Round: l.round, Size: l.size}
+	r := request{Request: want, Session: l.session, Round: l.round.Load(), Size: l.size}
 	begun := time.Now()
 	out, err := l.ctrl.call(ctx, r, l.o.patience)
 	if err != nil {
@@ -381,7 +381,8 @@ func (l *leecher) look(ctx context.Context) error {
 	l.looking.Lock()
 	defer l.looking.Unlock()
 	m := l.state()
-	r := request{Request: handover.Request{Verb: verbRound, From: m.ID, Epoch: m.Epoch}, Session: l.session, Round: l.round + 1, Size: l.size}
+	next := l.round.Load() + 1
+	r := request{Request: handover.Request{Verb: verbRound, From: m.ID, Epoch: m.Epoch}, Session: l.session, Round: next, Size: l.size}
 	begun := time.Now()
 	out, err := l.ctrl.call(ctx, r, l.o.patience)
 	if err != nil {
@@ -390,13 +391,13 @@ func (l *leecher) look(ctx context.Context) error {
 	if len(out.Dirty) < firstRead/2 {
 		l.observe(time.Since(begun))
 	}
-	if out.Round != l.round+1 {
-		return fmt.Errorf("asked for round %d, got %d: %w", l.round+1, out.Round, region.ErrMismatch)
+	if out.Round != next {
+		return fmt.Errorf("asked for round %d, got %d: %w", next, out.Round, region.ErrMismatch)
 	}
 	if _, err := l.written(out.Dirty); err != nil {
 		return err
 	}
-	l.round++
+	l.round.Store(next)
 	l.mu.Lock()
 	l.h.Rounds++
 	l.mu.Unlock()
@@ -585,6 +586,7 @@ func (l *leecher) giveUp(hooks strategies.Hooks) error {
 }
 
 func (l *leecher) abort(ctx context.Context) error {
+	l.background()
 	m := l.state()
 	if err := l.set(m.GiveUp()); err != nil {
 		return err

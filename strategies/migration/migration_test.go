@@ -466,7 +466,7 @@ func TestLostLink(t *testing.T) {
 // lets it go on; the destination, once it is back, takes over in a later epoch, and misses nothing.
 func TestCommitLost(t *testing.T) {
 	w := newWriter(t, testSize, 4)
-	src := newSeeder(t, w, SeederOptions{CommitTimeout: 30 * time.Millisecond})
+	src := newSeeder(t, w, SeederOptions{CommitTimeout: time.Second})
 	k := newLink(t, src)
 	l := newLeecher(t, k, testOptions(t, PreCopy))
 	if err := l.until(t.Context(), testSize); err != nil {

@@ -287,7 +287,11 @@ func (d *Device) byIoctl(ctx context.Context, s settings) error {
 	return nil
 }
 
+// claim sets the device up from one thread: the kernel takes the first thread that hands
+// it a socket for the device's owner, and refuses sockets of others with EBUSY.
 func (d *Device) claim(node *os.File, s settings) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	fd := int(node.Fd())
 	for i, sock := range s.sockets {
 		if err := blockIoctl(fd, ioctlSetSock, sock.Fd()); err != nil {
