@@ -482,6 +482,38 @@ func TestEvidence(t *testing.T) {
 	}
 }
 
+// connected returns both ends of a TCP connection from the source to the destination.
+func connected(t *testing.T, l *Link) []net.Conn {
+	t.Helper()
+	ln, err := l.Destination().Listen(t.Context(), "tcp", ":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	tx, err := l.Source().Dial(t.Context(), "tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tx.Close() })
+	rx, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { rx.Close() })
+	return []net.Conn{tx, rx}
+}
+
+func control(t *testing.T, c net.Conn, f func(fd int) error) {
+	t.Helper()
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cerr := raw.Control(func(fd uintptr) { err = f(int(fd)) }); errors.Join(err, cerr) != nil {
+		t.Fatal(err, cerr)
+	}
+}
+
 // The first window that was asked for is the one that sockets have, on both sides,
 // whatever else the route says.
 func TestInitialWindow(t *testing.T) {
@@ -490,34 +522,16 @@ func TestInitialWindow(t *testing.T) {
 	}
 	for _, o := range []Options{{}, {InitialWindow: 100}, {InitialWindow: 100, Congestion: "reno"}} {
 		l := open(t, ShaperNone, Profile{}, o)
-		ln, err := l.Destination().Listen(t.Context(), "tcp", ":0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer ln.Close()
-		tx, err := l.Source().Dial(t.Context(), "tcp", ln.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer tx.Close()
-		rx, err := ln.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer rx.Close()
 		want := uint32(10)
 		if o.InitialWindow > 0 {
 			want = uint32(o.InitialWindow)
 		}
-		for _, c := range []net.Conn{tx, rx} {
-			raw, err := c.(syscall.Conn).SyscallConn()
-			if err != nil {
-				t.Fatal(err)
-			}
+		for _, c := range connected(t, l) {
 			var info *unix.TCPInfo
-			if cerr := raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }); errors.Join(err, cerr) != nil {
-				t.Fatal(err, cerr)
-			}
+			control(t, c, func(fd int) (err error) {
+				info, err = unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+				return err
+			})
 			if info.Snd_cwnd != want {
 				t.Errorf("%+v: a window of %d segments", o, info.Snd_cwnd)
 			}
@@ -539,32 +553,12 @@ func TestCongestion(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l := open(t, ShaperNone, Profile{}, Options{Congestion: name})
 			t.Logf("by %s", l.Evidence().Source.CongestionBy)
-			ln, err := l.Destination().Listen(t.Context(), "tcp", ":0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer ln.Close()
-			tx, err := l.Source().Dial(t.Context(), "tcp", ln.Addr().String())
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer tx.Close()
-			rx, err := ln.Accept()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer rx.Close()
-			for _, c := range []net.Conn{tx, rx} {
-				raw, err := c.(syscall.Conn).SyscallConn()
-				if err != nil {
-					t.Fatal(err)
-				}
+			for _, c := range connected(t, l) {
 				var got string
-				if cerr := raw.Control(func(fd uintptr) {
-					got, err = unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION)
-				}); errors.Join(err, cerr) != nil {
-					t.Fatal(err, cerr)
-				}
+				control(t, c, func(fd int) (err error) {
+					got, err = unix.GetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION)
+					return err
+				})
 				if got = strings.TrimRight(got, "\x00"); got != name {
 					t.Errorf("%v -> %v uses %q", c.LocalAddr(), c.RemoteAddr(), got)
 				}

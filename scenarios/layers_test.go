@@ -57,6 +57,7 @@ var layers = []struct {
 	{"strategies/backend/keyed", 13, false},
 	{"strategies/backend/keyed/keyedtest", 12, false},
 	{"strategies/storetest", 12, false},
+	{"strategies/replay", 14, false},
 	{"strategies/order/format", 12, false},
 	{"strategies/order", 13, false},
 	{"strategies/mountinfo", 13, false},

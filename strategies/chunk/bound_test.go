@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 	"memsync/strategies/storetest"
 )
 
@@ -37,7 +38,7 @@ func bounded(t *testing.T, remote region.Store, limit int64) *Syncer {
 // TestBoundHolds: whatever is read and written, the cache never has more chunks
 // than it may, and all bytes are right.
 func TestBoundHolds(t *testing.T) {
-	r := rand.New(rand.NewPCG(seed(t), 11))
+	r := rand.New(rand.NewPCG(replay.Seed(t), 11))
 	for range 20 {
 		limit := 1 + r.Int64N(20)
 		size := 4*limit + r.Int64N(400)
@@ -216,7 +217,7 @@ func TestTerabyte(t *testing.T) {
 	if err := s.Bound(64 * chunk); err != nil {
 		t.Fatal(err)
 	}
-	r := rand.New(rand.NewPCG(seed(t), 12))
+	r := rand.New(rand.NewPCG(replay.Seed(t), 12))
 	b := make([]byte, 4096)
 	for _, off := range []int64{0, size - 4096, size / 2} {
 		if err := s.ReadAt(t.Context(), b, off); err != nil {

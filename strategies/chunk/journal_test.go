@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 	"memsync/strategies/storetest"
 )
 
@@ -110,7 +111,7 @@ func writeUntilKilled(dir string) error {
 // the next one finds in cache and journal all that was answered.
 // MEMSYNC_TEST_KILLS sets how often; by default 25.
 func TestKilled(t *testing.T) {
-	first := seed(t)
+	first := replay.Seed(t)
 	kills := 25
 	if v := os.Getenv("MEMSYNC_TEST_KILLS"); v != "" {
 		var err error

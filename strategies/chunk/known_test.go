@@ -12,6 +12,7 @@ import (
 
 	"memsync/strategies/order"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 )
 
 // sparse is a source that knows its zeroes and counts what it is asked for.
@@ -58,7 +59,7 @@ func patterned(r *rand.Rand, b []byte, chunk int) {
 // of a plain slice, and what is written is at the source in the end. With all
 // known before, zeroes and copies do not cross the wire.
 func TestKnown(t *testing.T) {
-	r := rand.New(rand.NewPCG(seed(t), 4))
+	r := rand.New(rand.NewPCG(replay.Seed(t), 4))
 	var zeroes, copies int64
 	for range 300 {
 		chunk := int64(1) << (3 + r.IntN(3))

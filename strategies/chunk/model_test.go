@@ -7,9 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"runtime"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -18,23 +16,10 @@ import (
 
 	"memsync/strategies/order"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 )
 
 var schedules = flag.Int("schedules", 3000, "random schedules of TestModel")
-
-// seed returns TEST_SEED, or a random one, and logs it.
-func seed(t testing.TB) uint64 {
-	s := rand.Uint64N(1 << 32)
-	if v := os.Getenv("TEST_SEED"); v != "" {
-		n, err := strconv.ParseUint(v, 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s = n
-	}
-	t.Logf("TEST_SEED=%d", s)
-	return s
-}
 
 // scheduler holds every operation on the remote store and on the cache until
 // the test lets it go on: once before its effect, once after it.
@@ -266,7 +251,7 @@ func (h *history) check(p []byte, off, from int64) error {
 // the remote store and the cache are asked is held back and let go in a random
 // order. -run 'TestModel' with TEST_SEED=n -schedules=1 replays one.
 func TestModel(t *testing.T) {
-	first := seed(t)
+	first := replay.Seed(t)
 	var c counts
 	n := *schedules
 	if testing.Short() {
@@ -579,7 +564,7 @@ func (c *counts) schedule(t *testing.T, seed uint64) {
 // and pushed by as many goroutines as will run, with real time. Each word has one
 // writer, who counts up; a reader may see no less than was there before it began.
 func TestStress(t *testing.T) {
-	r := rand.New(rand.NewPCG(seed(t), 3))
+	r := rand.New(rand.NewPCG(replay.Seed(t), 3))
 	const chunk, size = 64, 64*97 + 24
 	rounds := 60
 	if testing.Short() {

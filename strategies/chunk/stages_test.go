@@ -12,6 +12,7 @@ import (
 	"go.uber.org/goleak"
 
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 )
 
 func TestMain(m *testing.M) {
@@ -78,7 +79,7 @@ func newBytesOf(b []byte) *byteStore { return &byteStore{b: bytes.Clone(b)} }
 // TestStages: every stage is a Store: a random program does to it what it does
 // to a slice, at all sizes around a chunk, and ranges outside are refused.
 func TestStages(t *testing.T) {
-	r := rand.New(rand.NewPCG(seed(t), 11))
+	r := rand.New(rand.NewPCG(replay.Seed(t), 11))
 	const chunk = 16
 	for _, size := range []int64{1, chunk - 1, chunk, chunk + 1, 5 * chunk, 7*chunk + 3} {
 		b := make([]byte, size)
@@ -132,7 +133,7 @@ func TestArbitraryConcurrent(t *testing.T) {
 	want := make([]byte, size)
 	var wg sync.WaitGroup
 	for g := range 5 {
-		r := rand.New(rand.NewPCG(seed(t), uint64(g)))
+		r := rand.New(rand.NewPCG(replay.Seed(t), uint64(g)))
 		wg.Go(func() {
 			for range 60 {
 				off := (r.IntN(size/5))*5 + g // bytes of its own

@@ -15,6 +15,7 @@ import (
 
 	"memsync/strategies"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 	"memsync/strategies/storetest"
 )
 
@@ -48,7 +49,7 @@ func (s suite) TestBytes(t *testing.T) {
 // TestProgram: a random program of reads, writes and barriers does to the
 // region what it does to a plain slice.
 func (s suite) TestProgram(t *testing.T) {
-	r := rand.New(rand.NewPCG(seed(t), 1))
+	r := rand.New(rand.NewPCG(replay.Seed(t), 1))
 	ctx := within(t)
 	size := 9*s.chunk() + 1 + r.Int64N(2*s.chunk())
 	source := storetest.Seeded(region.Content{Seed: 3}, size)
@@ -115,7 +116,7 @@ func (s suite) TestWriteSizes(t *testing.T) {
 // TestConcurrent: several threads of the workload at once, each the writer of
 // words of its own between those of the others.
 func (s suite) TestConcurrent(t *testing.T) {
-	seed := seed(t)
+	seed := replay.Seed(t)
 	ctx := within(t)
 	const threads, word = 4, 24 // bytes; words of one thread lie threads x word apart
 	size := 4*s.chunk() + 1000

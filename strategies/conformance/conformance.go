@@ -10,12 +10,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
 	"reflect"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -69,20 +67,6 @@ func Run(t *testing.T, f Factory) {
 			t.Run(name, s.Method(i).Interface().(func(*testing.T)))
 		}
 	}
-}
-
-// seed returns TEST_SEED, or a random one, and logs it.
-func seed(t *testing.T) uint64 {
-	s := rand.Uint64N(1 << 32)
-	if v := os.Getenv("TEST_SEED"); v != "" {
-		n, err := strconv.ParseUint(v, 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s = n
-	}
-	t.Logf("TEST_SEED=%d", s)
-	return s
 }
 
 func (f Factory) can(c strategies.Capability) bool { return f.Strategy.Info().Can(c) }

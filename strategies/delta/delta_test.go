@@ -5,25 +5,15 @@ import (
 	"encoding/binary"
 	"errors"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"testing"
 
 	"go.uber.org/goleak"
 
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-func seed(t *testing.T) uint64 {
-	n, err := strconv.ParseUint(os.Getenv("TEST_SEED"), 10, 64)
-	if err != nil {
-		n = rand.Uint64()
-	}
-	t.Logf("TEST_SEED=%d", n)
-	return n
-}
 
 // change makes a new version of a region in one of the ways that regions change.
 func change(r *rand.Rand, old []byte) []byte {
@@ -60,7 +50,7 @@ func change(r *rand.Rand, old []byte) []byte {
 // Every change comes out of the decoder as it went into the encoder, in every
 // mode, and no body is larger than its piece by more than the overhead.
 func TestRoundTrip(t *testing.T) {
-	r := rand.New(rand.NewPCG(seed(t), 1))
+	r := rand.New(rand.NewPCG(replay.Seed(t), 1))
 	d, err := NewDecoder()
 	if err != nil {
 		t.Fatal(err)

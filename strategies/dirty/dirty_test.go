@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"testing"
 	"time"
 	"unsafe"
@@ -21,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 )
 
 const page = 4096
@@ -361,7 +361,7 @@ func TestExact(t *testing.T) {
 			const n = 700
 			w := watch(t, m, n*page)
 			w.settle(t)
-			r := rand.New(rand.NewPCG(seed(t), 2))
+			r := rand.New(rand.NewPCG(replay.Seed(t), 2))
 			for round := range 30 {
 				var want []int64
 				for range r.IntN(60) {
@@ -398,7 +398,7 @@ func TestNoLostUpdate(t *testing.T) {
 				}
 				done := make(chan error, 1)
 				go func() {
-					_, err := w.ask(command{Op: "storm", N: stores, Seed: seed(t)})
+					_, err := w.ask(command{Op: "storm", N: stores, Seed: replay.Seed(t)})
 					done <- err
 				}()
 				for rounds := 0; ; rounds++ {
@@ -488,13 +488,4 @@ func TestSoftDirtyRuns(t *testing.T) {
 	if unsafe.Sizeof(pmScanArg{}) != 96 {
 		t.Error("struct pm_scan_arg has 96 bytes")
 	}
-}
-
-func seed(t *testing.T) uint64 {
-	n, err := strconv.ParseUint(os.Getenv("TEST_SEED"), 10, 64)
-	if err != nil {
-		n = rand.Uint64()
-	}
-	t.Logf("TEST_SEED=%d", n)
-	return n
 }

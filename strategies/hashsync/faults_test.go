@@ -24,6 +24,7 @@ import (
 	"memsync/strategies/dirty"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 	"memsync/strategies/storetest"
 )
 
@@ -32,7 +33,7 @@ import (
 func TestMoved(t *testing.T) {
 	ctx := within(t)
 	const size = 8 << 20
-	rng := rand.New(rand.NewPCG(seed(t), 0))
+	rng := rand.New(rand.NewPCG(replay.Seed(t), 0))
 	m := newMemory(size)
 	s := source(t, m, SourceOptions{Chunk: 64 << 10})
 	d := follows(t, listen(t, s.Serve), nil)

@@ -23,19 +23,11 @@ import (
 	"memsync/strategies/hash"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 	"memsync/strategies/storetest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-func seed(t *testing.T) uint64 {
-	n, err := strconv.ParseUint(os.Getenv("TEST_SEED"), 10, 64)
-	if err != nil {
-		n = rand.Uint64()
-	}
-	t.Logf("TEST_SEED=%d", n)
-	return n
-}
 
 func within(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
@@ -283,7 +275,7 @@ func TestModel(t *testing.T) {
 	if n, err := strconv.Atoi(os.Getenv("HASHSYNC_SCHEDULES")); err == nil { // the long form: 2000, an hour
 		schedules = n
 	}
-	base := seed(t)
+	base := replay.Seed(t)
 	for i := range schedules {
 		if !t.Run(fmt.Sprint(i), func(t *testing.T) { model(t, base+uint64(i)) }) {
 			t.Fatalf("replay with TEST_SEED=%d HASHSYNC_SCHEDULES=1", base+uint64(i))
@@ -548,7 +540,7 @@ func TestReads(t *testing.T) {
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
 	for i := range 2 {
-		r := rand.New(rand.NewPCG(seed(t), uint64(i)))
+		r := rand.New(rand.NewPCG(replay.Seed(t), uint64(i)))
 		wg.Go(func() {
 			var seen [chunks]uint64 // by this reader, at any node
 			var newest uint64

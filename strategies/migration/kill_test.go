@@ -21,6 +21,7 @@ import (
 	"memsync/strategies"
 	"memsync/strategies/device/uffd"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 	"memsync/strategies/transport"
 	"memsync/strategies/transport/nbd"
 )
@@ -201,7 +202,7 @@ func (a *killApp) control(c net.Conn) {
 // TestKill kills source and destination at random moments. TEST_SEED replays; MIGRATION_KILLS
 // says how many migrations (12 by default).
 func TestKill(t *testing.T) {
-	s, migrations := seed(t), 12
+	s, migrations := replay.Seed(t), 12
 	if v := os.Getenv("MIGRATION_KILLS"); v != "" {
 		migrations, _ = strconv.Atoi(v)
 	}

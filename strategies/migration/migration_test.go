@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -23,6 +22,7 @@ import (
 	"memsync/strategies/migration/handover"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 	"memsync/strategies/transport"
 	"memsync/strategies/transport/nbd"
 )
@@ -31,15 +31,6 @@ import (
 func verify(m *testing.M) { goleak.VerifyTestMain(m) }
 
 const testSize = 1<<20 + 4096 + 100
-
-func seed(t *testing.T) uint64 {
-	s := rand.Uint64N(1 << 32)
-	if v := os.Getenv("TEST_SEED"); v != "" {
-		s, _ = strconv.ParseUint(v, 10, 64)
-	}
-	t.Logf("TEST_SEED=%d", s)
-	return s
-}
 
 // writer is an application in this process, which writes a region that is plain
 // memory: it marks what it writes, as a tracker would see it.
@@ -256,7 +247,7 @@ func check(t *testing.T, l *leecher, want []byte) {
 // TestModes migrates a region that is being written, in every mode, and compares
 // what arrives with what the application had stored.
 func TestModes(t *testing.T) {
-	s := seed(t)
+	s := replay.Seed(t)
 	for _, mode := range Modes() {
 		t.Run(mode, func(t *testing.T) {
 			w := newWriter(t, testSize, s)
@@ -416,7 +407,7 @@ func TestPrepareFails(t *testing.T) {
 // TestLostLink breaks all connections at random moments of a migration, for a short time, in every mode:
 // it ends all the same, with the right bytes and one owner.
 func TestLostLink(t *testing.T) {
-	s := seed(t)
+	s := replay.Seed(t)
 	for _, mode := range Modes() {
 		t.Run(mode, func(t *testing.T) {
 			for i := range 6 {

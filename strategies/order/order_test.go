@@ -9,27 +9,13 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 )
-
-// seed returns TEST_SEED, or a random one, and logs it.
-func seed(t testing.TB) uint64 {
-	s := rand.Uint64N(1 << 32)
-	if v := os.Getenv("TEST_SEED"); v != "" {
-		n, err := strconv.ParseUint(v, 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s = n
-	}
-	t.Logf("TEST_SEED=%d", s)
-	return s
-}
 
 // firsts returns, for each byte in the order in which o yields it for the first
 // time, its offset; a last linear sweep ends it, as in a puller.
@@ -54,7 +40,7 @@ func firsts(o Order, size, extent int64) []int64 {
 // TestPermutation: with the sweep at its end every order is a permutation of
 // the region's bytes; the fixed orders are one by themselves, and each is in its order.
 func TestPermutation(t *testing.T) {
-	r := rand.New(rand.NewPCG(seed(t), 1))
+	r := rand.New(rand.NewPCG(replay.Seed(t), 1))
 	for range 2000 {
 		size, extent := r.Int64N(60), 1+r.Int64N(9)
 		var list []Range

@@ -17,24 +17,12 @@ import (
 
 	"memsync/strategies/device/uffd"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 	"memsync/strategies/snapshot/image"
 	"memsync/strategies/snapshot/shm"
 )
 
 var allModes = []shm.Mode{shm.OnExit, shm.Queue, shm.Triple, shm.Cow}
-
-func seed(t *testing.T) uint64 {
-	s := rand.Uint64N(1 << 32)
-	if v := os.Getenv("TEST_SEED"); v != "" {
-		n, err := strconv.ParseUint(v, 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s = n
-	}
-	t.Logf("TEST_SEED=%d", s)
-	return s
-}
 
 // need leaves a mode out that this kernel lacks.
 func need(t *testing.T, m shm.Mode) {
@@ -52,7 +40,7 @@ func need(t *testing.T, m shm.Mode) {
 func newJob(t *testing.T, m shm.Mode) job {
 	dir := t.TempDir()
 	return job{Image: filepath.Join(dir, "image"), Log: filepath.Join(dir, "log"), Size: 64 * pg, Chunk: 2 * pg,
-		Options: Options{Mode: m}, Interval: 2 * time.Millisecond, Seed: seed(t)}
+		Options: Options{Mode: m}, Interval: 2 * time.Millisecond, Seed: replay.Seed(t)}
 }
 
 func (j job) openImage(t *testing.T) *image.Image {

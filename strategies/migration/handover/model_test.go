@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"memsync/strategies/replay"
 )
 
 // The model: one source, one destination with the identity 1 and perhaps a second one
@@ -418,14 +420,10 @@ func TestFinds(t *testing.T) {
 // TestRandom walks at random, further than can be visited. TEST_SEED replays;
 // HANDOVER_WALKS sets how many.
 func TestRandom(t *testing.T) {
-	seed, walks := rand.Uint64N(1<<32), 2000
-	if v := os.Getenv("TEST_SEED"); v != "" {
-		seed, _ = strconv.ParseUint(v, 10, 64)
-	}
+	seed, walks := replay.Seed(t), 2000
 	if v := os.Getenv("HANDOVER_WALKS"); v != "" {
 		walks, _ = strconv.Atoi(v)
 	}
-	t.Logf("TEST_SEED=%d", seed)
 	taken, over := 0, 0
 	for i := range walks {
 		r := rand.New(rand.NewPCG(seed, uint64(i)))

@@ -17,22 +17,10 @@ import (
 	"go.uber.org/goleak"
 
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-func seed(t testing.TB) uint64 {
-	s := rand.Uint64N(1 << 32)
-	if v := os.Getenv("TEST_SEED"); v != "" {
-		n, err := strconv.ParseUint(v, 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s = n
-	}
-	t.Logf("TEST_SEED=%d", s)
-	return s
-}
 
 // contents returns the region that the image has.
 func contents(t testing.TB, i *Image) []byte {
@@ -262,7 +250,7 @@ func (d *disk) crash() []byte {
 // operation. What is found then is the last image that was finished, or the one
 // that was being finished. MEMSYNC_CRASHES=10000 makes it that many programs.
 func TestCrash(t *testing.T) {
-	s := seed(t)
+	s := replay.Seed(t)
 	rounds := 500
 	if v := os.Getenv("MEMSYNC_CRASHES"); v != "" {
 		n, err := strconv.Atoi(v)

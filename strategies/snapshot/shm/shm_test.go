@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -15,22 +13,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
-
-func seed(t testing.TB) uint64 {
-	s := rand.Uint64N(1 << 32)
-	if v := os.Getenv("TEST_SEED"); v != "" {
-		n, err := strconv.ParseUint(v, 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s = n
-	}
-	t.Logf("TEST_SEED=%d", s)
-	return s
-}
 
 // shared is memory as two processes have it: outside of the Go heap, where the race
 // detector does not take the protocols' unlocked copies for mistakes.
@@ -77,13 +63,13 @@ func step(s, n uint64, size int64, write func(p []byte, off int64) error) error 
 	return nil
 }
 
-// replay checks states in ascending order.
-type replay struct {
+// playback checks states in ascending order.
+type playback struct {
 	seed, n uint64
 	mem     []byte
 }
 
-func (r *replay) check(got []byte, sequence uint64, blob []byte) error {
+func (r *playback) check(got []byte, sequence uint64, blob []byte) error {
 	for ; r.n < sequence; r.n++ {
 		_ = step(r.seed, r.n+1, int64(len(r.mem)), func(p []byte, off int64) error { copy(r.mem[off:], p); return nil })
 	}
@@ -116,7 +102,7 @@ func publish(t *testing.T, w writer, s uint64, size int64, states uint64, pause 
 // TestQueue: whatever the host gets hold of is a state, also with a stream that is
 // overrun again and again; and the last state is had when the client is gone.
 func TestQueue(t *testing.T) {
-	s := seed(t)
+	s := replay.Seed(t)
 	l := Layout{Mode: Queue, Size: 100_001, Chunk: page, Page: page, Stream: MinStream}
 	control, mem := files(t, l)
 	own := make([]byte, l.Size)
@@ -135,7 +121,7 @@ func TestQueue(t *testing.T) {
 			}
 		})
 	})
-	want := &replay{seed: s, mem: make([]byte, l.Size)}
+	want := &playback{seed: s, mem: make([]byte, l.Size)}
 	moves, starvations := 0, 0
 	poll := func() {
 		moved, starved, err := r.Poll()
@@ -172,7 +158,7 @@ func TestQueue(t *testing.T) {
 
 // TestQueueKilled: a client that stops at any record leaves its last state.
 func TestQueueKilled(t *testing.T) {
-	s := seed(t)
+	s := replay.Seed(t)
 	l := Layout{Mode: Queue, Size: 50_000, Chunk: page, Page: page, Stream: MinStream}
 	for round := range uint64(50) {
 		control, mem := files(t, l)
@@ -198,7 +184,7 @@ func TestQueueKilled(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		want := &replay{seed: s, mem: make([]byte, l.Size)}
+		want := &playback{seed: s, mem: make([]byte, l.Size)}
 		if err := want.check(own, r.Sequence, r.Blob); err != nil || r.Sequence != states {
 			t.Fatalf("TEST_SEED=%d round %d: state %d, want %d: %v", s, round, r.Sequence, states, err)
 		}
@@ -228,7 +214,7 @@ func TestQueueLimits(t *testing.T) {
 // TestTriple: what the host takes is a state, newer each time, and what changed is
 // all that changed.
 func TestTriple(t *testing.T) {
-	s := seed(t)
+	s := replay.Seed(t)
 	l := Layout{Mode: Triple, Size: 100_001, Chunk: page, Page: page}
 	control, mem := files(t, l)
 	r := NewTripleReader(l, control, mem)
@@ -243,7 +229,7 @@ func TestTriple(t *testing.T) {
 			}
 		})
 	})
-	want := &replay{seed: s, mem: make([]byte, l.Size)}
+	want := &playback{seed: s, mem: make([]byte, l.Size)}
 	own := make([]byte, l.Size)
 	taken, last := 0, uint64(0)
 	take := func() {
