@@ -28,6 +28,7 @@ func newLabCmd(s *state) *cobra.Command {
 		mem, cpu      string
 		timeout       time.Duration
 		refresh, info bool
+		udevd         bool
 	}
 	c := &cobra.Command{
 		Use:   "lab [flags] -- COMMAND [ARG]...",
@@ -49,6 +50,7 @@ run); 124 after --timeout; 125 if the lab kernel cannot be had or dies; 6 wrong 
 130 interrupted.`,
 		Example: `  memsync lab -- uname -r
   memsync lab --timeout 60s -- memsync measure --strategy direct-mount --device nbd --shaper netem --rtt 20ms --size 4MiB
+  memsync lab --udevd -- memsync run latency-polling-udev-1 --quick
   memsync lab --info`,
 		RunE: func(c *cobra.Command, args []string) error {
 			if len(args) == 0 && !o.info && !o.refresh {
@@ -93,7 +95,7 @@ run); 124 after --timeout; 125 if the lab kernel cannot be had or dies; 6 wrong 
 			pipe := make(chan os.Signal, 1)
 			signal.Notify(pipe, syscall.SIGPIPE)
 			defer signal.Stop(pipe)
-			status, err := k.Run(ctx, lab.Command{Args: args, Stdin: s.stdin, Stdout: s.stdout, Stderr: s.stderr, Memory: mem, CPU: o.cpu})
+			status, err := k.Run(ctx, lab.Command{Args: args, Stdin: s.stdin, Stdout: s.stdout, Stderr: s.stderr, Memory: mem, CPU: o.cpu, Udevd: o.udevd})
 			switch {
 			case s.ctx.Err() != nil:
 				return exitWith(exitInterrupted, err)
@@ -112,6 +114,7 @@ run); 124 after --timeout; 125 if the lab kernel cannot be had or dies; 6 wrong 
 	f.StringVar(&o.mem, "mem", region.FormatSize(lab.DefaultMemory), "guest memory, at least 64MiB; taken from the host as it is touched")
 	f.StringVar(&o.cpu, "cpu", "", "host CPU to stay on, or any (default: one that no other lab kernel holds)")
 	durationFlag(f, &o.timeout, "timeout", 0, "end the command after this time, boot included; 0 is never")
+	f.BoolVar(&o.udevd, "udevd", false, "run this machine's udevd in the guest first (package udev): its events and its rules")
 	f.BoolVar(&o.refresh, "refresh", false, "fetch the kernel anew first")
 	f.BoolVar(&o.info, "info", false, "check the cached kernel's files and print its manifest (versions, SHA-256) as JSON")
 	return c

@@ -83,6 +83,11 @@ func guestMain(work string) error {
 	if err := configure(work, s.Modules); err != nil {
 		return err
 	}
+	if s.Udevd != "" {
+		if err := startUdevd(s.Udevd); err != nil {
+			return g.send(frameFailed, []byte(err.Error()))
+		}
+	}
 	status, err := g.run(s, r)
 	if err != nil {
 		return g.send(frameFailed, []byte(err.Error()))
@@ -175,6 +180,24 @@ func configure(work, modules string) error {
 		}
 	}
 	return nil
+}
+
+// startUdevd starts the machine's udevd and waits until it listens. It ends with the guest.
+func startUdevd(path string) error {
+	c := exec.Command(path)
+	c.Stderr = os.Stderr // the console
+	if err := c.Start(); err != nil {
+		return fmt.Errorf("start %s: %w", path, err)
+	}
+	const control = "/run/udev/control"
+	for until := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat(control); err == nil {
+			return nil
+		}
+		if time.Now().After(until) {
+			return fmt.Errorf("%s does not listen on %s after 10 s", path, control)
+		}
+	}
 }
 
 func linkUp(name string) error {

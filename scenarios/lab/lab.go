@@ -61,6 +61,9 @@ type Command struct {
 	// spares a wake-up across CPUs for each system call. Empty means one that
 	// no other lab kernel holds, "any" lets them wander (several times slower).
 	CPU string
+	// Udevd runs the machine's udevd in the guest before the command, as on a machine
+	// of its own. Where there is none Run fails with region.ErrNotSupported.
+	Udevd bool
 }
 
 // Run boots k, runs c in it and returns its exit status (128 + n if signal n
@@ -82,6 +85,12 @@ func (k *Kernel) Run(ctx context.Context, c Command) (status int, err error) {
 	}
 	if c.Memory < MinMemory {
 		return 0, fmt.Errorf("boot the lab kernel: memory of %s: want at least %s", region.FormatSize(c.Memory), region.FormatSize(MinMemory))
+	}
+	udevd := ""
+	if c.Udevd {
+		if udevd, err = findUdevd(); err != nil {
+			return 0, fmt.Errorf("boot the lab kernel: %w", err)
+		}
 	}
 	if c.Env == nil {
 		c.Env = os.Environ()
@@ -111,7 +120,17 @@ func (k *Kernel) Run(ctx context.Context, c Command) (status int, err error) {
 		return 0, err
 	}
 	c.Env = append(slices.Clone(c.Env), "MEMSYNC_LAB_KERNEL="+k.String())
-	return k.boot(ctx, c, work, cpu)
+	return k.boot(ctx, c, work, cpu, udevd)
+}
+
+// findUdevd returns the program of systemd's udevd.
+func findUdevd() (string, error) {
+	for _, path := range []string{"/usr/lib/systemd/systemd-udevd", "/lib/systemd/systemd-udevd"} {
+		if _, err := os.Stat(path); err == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("this machine has no udevd that could run in the guest (apt-get install udev): %w", region.ErrNotSupported)
 }
 
 // prepare puts what the guest starts from into the work folder.
@@ -149,7 +168,7 @@ func copyFile(to, from string) error {
 	return errors.Join(err, w.Close())
 }
 
-func (k *Kernel) boot(ctx context.Context, c Command, work, cpu string) (int, error) {
+func (k *Kernel) boot(ctx context.Context, c Command, work, cpu, udevd string) (int, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return 0, err
@@ -209,7 +228,7 @@ func (k *Kernel) boot(ctx context.Context, c Command, work, cpu string) (int, er
 	_ = theirs.Close()
 	kill := func() { _ = unix.Kill(-uml.Process.Pid, unix.SIGKILL) }
 
-	s := &session{line: line, c: c, modules: filepath.Join(k.Dir, "modules", k.Release), credit: make(chan int, inputWindow), stop: make(chan struct{})}
+	s := &session{line: line, c: c, modules: filepath.Join(k.Dir, "modules", k.Release), udevd: udevd, credit: make(chan int, inputWindow), stop: make(chan struct{})}
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -260,6 +279,7 @@ type session struct {
 	write   sync.Mutex
 	c       Command
 	modules string // their folder
+	udevd   string // its program, empty for none
 
 	// Set by serve, read after it returned.
 	ready, done bool
@@ -289,7 +309,7 @@ func (s *session) serve(work string) {
 		switch kind {
 		case frameReady:
 			s.ready = true
-			go s.feed(spec{Args: s.c.Args, Env: s.c.Env, Dir: s.c.Dir, Work: work, Modules: s.modules}.encode())
+			go s.feed(spec{Args: s.c.Args, Env: s.c.Env, Dir: s.c.Dir, Work: work, Modules: s.modules, Udevd: s.udevd}.encode())
 		case frameStdout:
 			s.copy(s.c.Stdout, p)
 		case frameStderr:

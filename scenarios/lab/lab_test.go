@@ -407,7 +407,7 @@ func TestFetchFails(t *testing.T) {
 }
 
 func FuzzSpec(f *testing.F) {
-	f.Add(spec{Args: []string{"a", ""}, Env: []string{"k=v"}, Dir: "/", Work: "/w", Modules: "/m"}.encode())
+	f.Add(spec{Args: []string{"a", ""}, Env: []string{"k=v"}, Dir: "/", Work: "/w", Modules: "/m", Udevd: "/u"}.encode())
 	f.Add([]byte{1, 0, 0, 0, 255, 255, 255, 255})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		s, err := decodeSpec(b)

@@ -85,11 +85,12 @@ func decodeInt(p []byte) int {
 type spec struct {
 	Args, Env          []string
 	Dir, Work, Modules string
+	Udevd              string // its program, empty for none
 }
 
 func (s spec) encode() []byte {
 	var b bytes.Buffer
-	for _, list := range [][]string{{s.Dir, s.Work, s.Modules}, s.Args, s.Env} {
+	for _, list := range [][]string{{s.Dir, s.Work, s.Modules, s.Udevd}, s.Args, s.Env} {
 		b.Write(encodeInt(len(list)))
 		for _, v := range list {
 			b.Write(encodeInt(len(v)))
@@ -124,11 +125,11 @@ func decodeSpec(b []byte) (s spec, err error) {
 	}
 	head := list()
 	s.Args, s.Env = list(), list()
-	if err == nil && (len(head) != 3 || len(s.Args) == 0 || r.Len() != 0) {
+	if err == nil && (len(head) != 4 || len(s.Args) == 0 || r.Len() != 0) {
 		err = fmt.Errorf("command of %d bytes: %d folders, %d arguments, %d bytes left over", len(b), len(head), len(s.Args), r.Len())
 	}
 	if err == nil {
-		s.Dir, s.Work, s.Modules = head[0], head[1], head[2]
+		s.Dir, s.Work, s.Modules, s.Udevd = head[0], head[1], head[2], head[3]
 	}
 	return s, err
 }

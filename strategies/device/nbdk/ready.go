@@ -40,7 +40,7 @@ func listenUevents(udev bool) (*uevents, error) {
 	if udev {
 		group = groupUdev
 		if _, err := os.Stat(udevControl); errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("wait for udevd: none is running here (%s); use nbd_ready=uevent: %w", udevControl, region.ErrNotSupported)
+			return nil, fmt.Errorf("wait for udevd: none is running here (%s); use nbd_ready=uevent, or in the lab memsync lab --udevd: %w", udevControl, region.ErrNotSupported)
 		}
 	}
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
