@@ -44,6 +44,7 @@ func TestKernelPackages(t *testing.T) {
 		pkg, run, skips string // skips: expression for the reasons that are none of the kernel's
 	}{
 		"nbdk":                  {nbd, "strategies/device/nbdk", "", "\x00"},
+		"nbdk, udevd":           {nbd, "strategies/device/nbdk", "^TestUdev$", "\x00"},
 		"nbddirect":             {nbd, "strategies/nbddirect", "", "\x00"},
 		"netem":                 {shaped, "netem", "", "machine too busy"},
 		"conformance, local":    {nbd, "strategies/conformance", "^TestRegistry$/./^nbd$/^local$", inapplicable},
@@ -56,6 +57,13 @@ func TestKernelPackages(t *testing.T) {
 			if tests.native {
 				t.Skip("this machine's kernel has what it needs: the tests ran natively")
 			}
+			udevd := strings.HasSuffix(name, ", udevd")
+			if _, err := findUdevd(); udevd && err != nil {
+				if strings.Contains(os.Getenv("MEMSYNC_MUST_RUN"), "udevd") {
+					t.Fatal(err)
+				}
+				t.Skip(err)
+			}
 			t.Parallel()
 			build, _ := builds.LoadOrStore(tests.pkg, sync.OnceValues(func() (string, error) { return build(dir, tests.pkg) }))
 			program, err := build.(func() (string, error))()
@@ -67,7 +75,7 @@ func TestKernelPackages(t *testing.T) {
 			var out bytes.Buffer
 			status, err := k.Run(ctx, Command{
 				Args: []string{program, "-test.v", "-test.timeout=280s", "-test.run=" + tests.run},
-				Dir:  folder(t, tests.pkg), Stdout: &out, Stderr: &out,
+				Dir:  folder(t, tests.pkg), Stdout: &out, Stderr: &out, Udevd: udevd,
 			})
 			if err != nil || status != 0 || strings.Count(out.String(), "--- SKIP") > len(regexp.MustCompile(tests.skips).FindAll(out.Bytes(), -1)) ||
 				strings.Contains(out.String(), "no tests to run") {

@@ -43,8 +43,17 @@ func listenUevents(udev bool) (*uevents, error) {
 			return nil, fmt.Errorf("wait for udevd: none is running here (%s); use nbd_ready=uevent, or in the lab memsync lab --udevd: %w", udevControl, region.ErrNotSupported)
 		}
 	}
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
-	if err != nil {
+	var fd int
+	socket := func() (err error) {
+		fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_KOBJECT_UEVENT)
+		return err
+	}
+	// The kernel tells every network namespace of its devices, udevd its own alone.
+	open := func(f func() error) error { return f() }
+	if udev {
+		open = inFirstNetns
+	}
+	if err := open(socket); err != nil {
 		return nil, fmt.Errorf("open a uevent socket: %w", err)
 	}
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: group}); err != nil {

@@ -68,7 +68,7 @@ func TestUdev(t *testing.T) {
 		}
 		relay(t, 100*time.Millisecond)
 	}
-	for _, setup := range []string{"netlink", "ioctl"} {
+	for _, setup := range []string{"ioctl", "netlink"} { // ioctl first: its lock on the device must not keep udevd away
 		start := time.Now()
 		d := open(t, &memory{b: pattern(8192)}, "nbd_ready=udev", "nbd_setup="+setup)
 		t.Logf("%s: open took %v", setup, time.Since(start))

@@ -240,6 +240,8 @@ func (d *Device) byIoctl(ctx context.Context, s settings) error {
 		err = d.claim(node, s)
 		if err == nil {
 			d.index, d.node = index, node
+			// It is ours by its sockets now, and udevd leaves a locked device alone.
+			_ = unix.Flock(int(node.Fd()), unix.LOCK_UN)
 			break
 		}
 		_ = node.Close()
