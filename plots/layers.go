@@ -515,13 +515,17 @@ func (f *figure) distribution(p *plot.Plot) (l layer, yLabel string) {
 // density is the density along the axis: on a log axis, of the logarithms.
 func (f *figure) density(v []float64) []xy {
 	if !f.spec.Y.Log {
-		return kde(v)
+		least := math.Inf(-1)
+		if len(v) > 0 && v[0] >= 0 {
+			least = 0 // times, sizes and rates are never below
+		}
+		return kde(v, least)
 	}
 	logs := make([]float64, len(v))
 	for i := range v {
 		logs[i] = math.Log10(v[i])
 	}
-	curve := kde(logs)
+	curve := kde(logs, math.Inf(-1))
 	for i := range curve {
 		curve[i].x = math.Pow(10, curve[i].x)
 	}
@@ -530,8 +534,9 @@ func (f *figure) density(v []float64) []xy {
 
 // kde is the Gaussian kernel density of a sorted sample, with the bandwidth of
 // Scott's rule (sd n^-1/5), as the tools that drew the thesis's figures use. A
-// sample without spread has none.
-func kde(v []float64) []xy {
+// sample without spread has none. What would lie below least is reflected at it
+// (Silverman, Density Estimation, section 2.10), so that the area stays 1.
+func kde(v []float64, least float64) []xy {
 	sd := 0.0
 	if len(v) > 1 {
 		sd = stat.StdDev(v, nil)
@@ -541,13 +546,16 @@ func kde(v []float64) []xy {
 	}
 	h := sd * math.Pow(float64(len(v)), -0.2)
 	const steps = 200
-	lo, hi := v[0]-3*h, v[len(v)-1]+3*h
+	lo, hi := max(v[0]-3*h, least), v[len(v)-1]+3*h
 	out := make([]xy, steps+1)
 	for i := range out {
 		at := lo + (hi-lo)*float64(i)/steps
 		sum := 0.0
 		for _, m := range v {
 			sum += distuv.UnitNormal.Prob((at - m) / h)
+			if !math.IsInf(least, -1) {
+				sum += distuv.UnitNormal.Prob((at - (2*least - m)) / h)
+			}
 		}
 		out[i] = xy{at, sum / (h * float64(len(v)))}
 	}
