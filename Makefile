@@ -4,16 +4,22 @@ GO ?= go
 LAB ?= 1
 RUNS ?= 6
 OUT ?= results/out/bench
+ALL ?= results/out/all
 FUZZTIME ?= 30s
 PKG ?= ./...
 FIGURES := latency-first-chunk-rttvar-1 throughput-rttvar-1
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: bench bench-nbd test build race lint fmt fuzz clean help peers peers-test
+.PHONY: bench bench-all bench-nbd test build race lint fmt fuzz clean help peers peers-test
 
 bench: build ## the main job: two figures, quick form, on a real shaped link (minutes)
 	bin/memsync doctor
 	bin/memsync run $(FIGURES) --quick --runs $(RUNS) --out $(OUT)
+
+bench-all: build ## every figure in both variants, and a report: hours; QUICK=1 is the quick form; goes on where it was stopped
+	bin/memsync doctor
+	bin/memsync run --all $(if $(QUICK),--quick,--variant both) --out $(ALL)
+	bin/memsync report $(ALL)
 
 # One package at a time: tests that measure time must not compete with others.
 test: build ## all tests (PKG=./netem for one package)
