@@ -51,6 +51,16 @@ Runs that agree in all columns of the cell repeat one measurement.
 		}
 		fmt.Fprintf(&b, "| `%s` | %s | %s | %s | %s | %s |\n", m.Name, m.Unit, kind, m.From, m.To, m.Doc)
 	}
-	b.WriteString("\nA metric marked exact is the same in every run of a cell; all others are noisy.\n")
+	b.WriteString(`
+A metric marked exact is the same in every run of a cell; all others are noisy.
+
+## Schemas
+Folders of another schema are refused: the same names mean other things there.
+
+| schema | what changed |
+|---|---|
+| 1 | |
+| 2 | ` + "`time_to_last_byte`" + ` is absent where the budget ended before; ` + "`open_latency`" + ` ends when faults are served; ` + "`rss_*`" + ` are peaks, not what is resident at the end; ` + "`link_utilisation`, `rate_utilisation`" + ` of op read only, and of what crossed the link; ` + "`harness_overhead`" + ` has the first touch of memory and the wait for an idle link; columns and params have effective defaults |
+`)
 	return b.String()
 }

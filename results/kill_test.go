@@ -298,11 +298,13 @@ func TestManifest(t *testing.T) {
 	if left, _ := filepath.Glob(filepath.Join(dir, ".*")); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
-	if err := os.WriteFile(filepath.Join(dir, ManifestFile), []byte(`{"schema":99}`), 0o666); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := ReadManifest(dir); err == nil {
-		t.Error("a manifest of another schema is accepted")
+	for schema, say := range map[int]string{Schema - 1: "measure again into another folder", 99: "newer memsync"} {
+		if err := os.WriteFile(filepath.Join(dir, ManifestFile), fmt.Appendf(nil, `{"schema":%d}`, schema), 0o666); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := ReadManifest(dir); err == nil || !strings.Contains(err.Error(), say) {
+			t.Errorf("a manifest of schema %d: %v, want %q", schema, err, say)
+		}
 	}
 }
 

@@ -178,7 +178,7 @@ func ReadManifest(dir string) (Manifest, error) {
 		return Manifest{}, fmt.Errorf("read manifest %s: %w", path, err)
 	}
 	if m.Schema != Schema {
-		return Manifest{}, fmt.Errorf("read manifest %s: schema is %d; this program knows %d", path, m.Schema, Schema)
+		return Manifest{}, fmt.Errorf("read manifest %s: schema %s", path, otherSchema(m.Schema))
 	}
 	return m, nil
 }

@@ -2,6 +2,7 @@ package results
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"math"
 	"os"
@@ -286,7 +287,8 @@ func TestDamageIsLocated(t *testing.T) {
 		"empty lines":    {"\n\n", 1, "schema"},
 		"byte order":     {"\ufeff" + string(data), 1, "schema"},
 		"extra column":   {edit(1, "error", "error,more"), 1, ""},
-		"schema":         {edit(2, "1,", "2,"), 2, "schema"},
+		"schema":         {edit(2, fmt.Sprint(Schema, ","), fmt.Sprint(Schema+1, ",")), 2, "schema"},
+		"old schema":     {edit(2, fmt.Sprint(Schema, ","), fmt.Sprint(Schema-1, ",")), 2, "schema"},
 		"number":         {edit(4, ",20,", ",2O,"), 4, "rtt_ms"},
 		"value comma":    {edit(3, "1000", "1,000"), 3, ""},
 		"status":         {edit(3, ",ok,", ",OK,"), 3, "status"},

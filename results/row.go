@@ -10,8 +10,18 @@ import (
 )
 
 // Schema is the version of the records that this package writes and reads. It
-// changes with every change of columns or of a metric's definition.
-const Schema = 1
+// changes with every change of columns or of a metric's definition; docs.go says
+// what each changed. Records of another one are refused, not read as what they are not.
+const Schema = 2
+
+// otherSchema says what is wrong with records of schema n, and what to do.
+func otherSchema(n int) string {
+	if n < 1 || n > Schema {
+		return fmt.Sprintf("is %d; this program knows %d: they are a newer memsync's, or no records", n, Schema)
+	}
+	return fmt.Sprintf("is %d; this program knows %d, whose metrics are defined otherwise (docs/metrics.md): "+
+		"read them with the memsync that made them (manifest.json has its commit), or measure again into another folder", n, Schema)
+}
 
 // RunMetric is the metric of the row that closes a run.
 const RunMetric = "run"
@@ -296,7 +306,7 @@ func (r Row) check() error {
 	m, ok := MetricByName(r.Metric)
 	switch {
 	case r.Schema != Schema:
-		return fieldError("schema", fmt.Sprintf("is %d; this program knows %d", r.Schema, Schema))
+		return fieldError("schema", otherSchema(r.Schema))
 	case r.RunID == "":
 		return fieldError("run_id", "is empty")
 	case !ok:

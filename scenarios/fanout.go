@@ -100,13 +100,11 @@ func (f *fan) mount(ctx context.Context, i int) error {
 	if err != nil {
 		return err
 	}
-	var usable role.Attached
-	_, err = d.workload.Ask(ctx, "attach", m.Attachment, &usable, files...)
-	closeFiles(files)
+	usable, err := attachTo(ctx, d.daemon, d.workload, m, files)
 	if err != nil {
 		return err
 	}
-	d.start, d.usable, d.stats = m.Start, usable.Usable, m.Stats
+	d.start, d.usable, d.stats = m.Start, usable, m.Stats
 	for k := range f.all {
 		if f.up(k) != i {
 			continue

@@ -17,7 +17,6 @@ import (
 // other, are the region: the device has the size of the image, the workload sees
 // the files only.
 func (r *run) image(ctx context.Context, setup *role.Setup, work role.Work) error {
-	defer r.yardstick()()
 	folder, path := filepath.Join(setup.Dir, "content"), filepath.Join(setup.Dir, "image")
 	if err := os.Mkdir(folder, 0o700); err != nil {
 		return err

@@ -76,6 +76,9 @@ func (r *run) measureMigrate(ctx context.Context, setup role.Setup) error {
 	if err := pause(ctx, warmUp); err != nil {
 		return err
 	}
+	if err := r.forgetPeaks(ctx); err != nil {
+		return err
+	}
 	begin, err := r.link.Counters()
 	if err != nil {
 		return err
@@ -102,6 +105,7 @@ func (r *run) measureMigrate(ctx context.Context, setup role.Setup) error {
 		return err
 	}
 	r.spent(before, after)
+	r.measured(m.command, monotonic())
 
 	// The clock stands still from here.
 	if _, err := r.workload.Ask(ctx, "app-suspend", struct{}{}, &m.there); err != nil {
@@ -195,20 +199,11 @@ func (m *migrated) mount(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var a role.Attached
-	uffd, err := m.workload.Ask(ctx, "attach", mounted.Attachment, &a, files...)
-	closeFiles(files)
+	usable, err := attachTo(ctx, m.daemon, m.workload, mounted, files)
 	if err != nil {
 		return err
 	}
-	if a.Fault {
-		_, err := m.daemon.Ask(ctx, "faults", map[string]uintptr{"base": a.Base}, nil, uffd...)
-		closeFiles(uffd)
-		if err != nil {
-			return err
-		}
-	}
-	m.out.Values["open_latency"] = seconds(a.Usable - mounted.Start)
+	m.out.Values["open_latency"] = seconds(usable - mounted.Start)
 	return nil
 }
 

@@ -76,7 +76,8 @@ type Outcome struct {
 	RTT       time.Duration
 	Rate      float64 // bit/s measured on the link; 0 where it has none
 	Took      time.Duration
-	yard      time.Duration // of Took, spent on yardsticks
+	yard      time.Duration // of Took, spent on yardsticks (floor_*)
+	section   time.Duration // of Took, the measured section
 }
 
 // Rows returns the outcome as records.
@@ -223,7 +224,6 @@ func (r *run) touchMemory() error {
 	if inLab() {
 		return nil // a touch costs 20 us there, the first and all others, and there is less memory
 	}
-	defer r.yardstick()()
 	m, err := unix.Mmap(-1, 0, int(min(2*r.cell.Size, touchedMemory)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
 		return fmt.Errorf("touch the memory budget: %w", err)
@@ -251,7 +251,7 @@ func (r *Runner) Run(ctx context.Context, it Item) (o Outcome) {
 	defer func() {
 		o.Took = time.Since(began)
 		if o.Err == nil {
-			o.Values["harness_overhead"] = (o.Took - o.yard - o.measured()).Seconds()
+			o.Values["harness_overhead"] = (o.Took - o.yard - o.section).Seconds()
 		}
 		o.Status = o.status(ctx)
 	}()
@@ -282,15 +282,6 @@ func (r *Runner) Run(ctx context.Context, it Item) (o Outcome) {
 	one := &run{Runner: r, cell: it.Cell, seed: it.Seed, link: l, out: &o, service: service}
 	o.Err = one.do(rctx)
 	return o
-}
-
-// measured is the part of a run that is not harness: open to the last touch, and Sync.
-func (o *Outcome) measured() time.Duration {
-	s := o.Values["time_to_last_byte"]
-	if t, ok := o.Values["total_time"]; ok {
-		s = max(s, t)
-	}
-	return time.Duration(s * 1e9)
 }
 
 func (o *Outcome) status(ctx context.Context) results.Status {
@@ -421,7 +412,6 @@ func (r *run) inFolder(ctx context.Context) (err error) {
 // closed would stand before the echoes.
 func (r *run) drain(ctx context.Context) error {
 	quiet := r.cell.Link.RTT/2 + 5*time.Millisecond // a packet may be on the way that long, unseen
-	defer r.yardstick()()
 	last, err := r.link.Counters()
 	for until := time.Now().Add(5 * time.Second); err == nil; {
 		select {
@@ -561,6 +551,15 @@ func (r *run) counters(ctx context.Context) (map[string]role.Counters, error) {
 	return m, err
 }
 
+// forgetPeaks has all roles count the peak of their memory from now on.
+func (r *run) forgetPeaks(ctx context.Context) error {
+	var g errgroup.Group
+	for _, p := range r.processes() {
+		g.Go(func() error { _, err := p.Ask(ctx, "forget-peak", struct{}{}, nil); return err })
+	}
+	return g.Wait()
+}
+
 func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) error {
 	c, v := r.cell, r.out.Values
 	if c.Shaper == netem.ShaperSleep {
@@ -597,6 +596,9 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	if err := r.touchMemory(); err != nil {
 		return err
 	}
+	if err := r.forgetPeaks(ctx); err != nil {
+		return err
+	}
 	var wire netem.Counters
 	var err error
 	if r.link != nil {
@@ -611,20 +613,11 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	if err != nil {
 		return err
 	}
-	var a role.Attached
-	uffd, err := r.workload.Ask(ctx, "attach", m.Attachment, &a, files...)
-	closeFiles(files)
+	usable, err := attachTo(ctx, r.daemon, r.workload, m, files)
 	if err != nil {
 		return err
 	}
-	if a.Fault {
-		_, err := r.daemon.Ask(ctx, "faults", map[string]uintptr{"base": a.Base}, nil, uffd...)
-		closeFiles(uffd)
-		if err != nil {
-			return err
-		}
-	}
-	v["open_latency"] = seconds(a.Usable - m.Start)
+	v["open_latency"] = seconds(usable - m.Start)
 	v["preemptive_pull_bytes"] = float64(m.Stats.PreemptiveBytes)
 
 	// Measure.
@@ -645,6 +638,7 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	r.out.Histogram = t.Hist
 	r.touches(m, t)
 	r.spent(before, after)
+	r.measured(m.Start, t.End)
 	cpu := 0.0
 	for name, b := range before {
 		cpu += after[name].CPU - b.CPU
@@ -664,12 +658,14 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 		}
 		now := monotonic()
 		v["total_time"], v["sync_latency"] = seconds(now-t.Start), seconds(now-t.End)
+		r.measured(t.End, now)
 	}
 	var s strategies.Stats
 	if _, err := r.daemon.Ask(ctx, "stats", struct{}{}, &s); err != nil {
 		return err
 	}
 	r.stats(s)
+	r.utilisation(seconds(t.End - m.Start))
 	if err := r.verify(ctx, work, t); err != nil {
 		return err
 	}
@@ -705,6 +701,21 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	return nil
 }
 
+// attachTo attaches the workload to what the daemon mounted, which it closes the files of,
+// and returns when the region became usable: where the daemon answers the faults of the
+// workload's mapping, once it does.
+func attachTo(ctx context.Context, daemon, workload *role.Process, m role.Mounted, files []*os.File) (usable int64, err error) {
+	var a role.Attached
+	uffd, err := workload.Ask(ctx, "attach", m.Attachment, &a, files...)
+	closeFiles(files)
+	if err != nil || !a.Fault {
+		return a.Usable, err
+	}
+	_, err = daemon.Ask(ctx, "faults", map[string]uintptr{"base": a.Base}, nil, uffd...)
+	closeFiles(uffd)
+	return monotonic(), err
+}
+
 // requests returns the histogram of what was read from the store that holds the region.
 func (r *run) requests(ctx context.Context) ([]byte, error) {
 	holder := r.source
@@ -731,14 +742,16 @@ func (r *run) spent(before, after map[string]role.Counters) {
 
 // touches turns what the workload did into metrics.
 func (r *run) touches(m role.Mounted, t role.Touched) {
-	v, c := r.out.Values, r.cell
+	v := r.out.Values
 	if t.First > 0 {
 		v["latency_first_chunk"] = seconds(t.First)
 	}
 	v["bytes_done"] = float64(t.Bytes)
-	v["time_to_last_byte"] = seconds(t.End - m.Start)
 	if t.Bytes == 0 {
 		return
+	}
+	if t.Last {
+		v["time_to_last_byte"] = seconds(t.End - m.Start)
 	}
 	v["throughput"] = float64(t.Bytes) / seconds(t.End-t.Start)
 	if t.Local > 0 {
@@ -746,14 +759,30 @@ func (r *run) touches(m role.Mounted, t role.Touched) {
 	}
 	v["fault_latency_p50"], v["fault_latency_p99"] = seconds(t.P50), seconds(t.P99)
 	v["fault_latency_p999"], v["fault_latency_max"] = seconds(t.P999), seconds(t.Max)
-	rate := float64(t.Bytes) / v["time_to_last_byte"]
-	if c.Link.Rate > 0 && r.link != nil {
-		v["rate_utilisation"] = rate * 8 / float64(c.Link.Rate)
+}
+
+// utilisation sets what the reader got through the link from open on, by the link's
+// rate. What crossed and was not read does not count, nor what was read and did
+// not cross.
+func (r *run) utilisation(elapsed float64) {
+	v, c := r.out.Values, r.cell
+	got := v["bytes_done"]
+	if n := v["payload_bytes"]; n > 0 { // 0 where the strategy is a program that does not tell
+		got = min(got, n)
+	}
+	if r.link == nil || c.Op != "read" || got <= 0 || elapsed <= 0 {
+		return
+	}
+	if c.Link.Rate > 0 {
+		v["rate_utilisation"] = got / elapsed * 8 / float64(c.Link.Rate)
 	}
 	if f, ok := v["floor_tcp"]; ok && f > 0 {
-		v["link_utilisation"] = rate / f
+		v["link_utilisation"] = got / elapsed / f
 	}
 }
+
+// measured counts the time between two moments as the measured section's.
+func (r *run) measured(from, to int64) { r.out.section += time.Duration(to - from) }
 
 func (r *run) stats(s strategies.Stats) {
 	v := r.out.Values

@@ -29,6 +29,9 @@ func (r *run) measureSnapshot(ctx context.Context, setup role.Setup) error {
 	if err := r.touchMemory(); err != nil {
 		return err
 	}
+	if err := r.forgetPeaks(ctx); err != nil {
+		return err
+	}
 	var m role.Mounted
 	files, err := r.daemon.Ask(ctx, "mount", role.MountArgs{Setup: setup}, &m)
 	if err != nil {
@@ -67,6 +70,7 @@ func (r *run) measureSnapshot(ctx context.Context, setup role.Setup) error {
 	if err := g.Wait(); err != nil {
 		return r.trouble(ctx, err)
 	}
+	r.measured(m.Start, monotonic())
 	v["steal_time"] = stealTime() - steal
 	after, err := r.counters(ctx)
 	if err != nil {

@@ -73,6 +73,9 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup, ended func(erro
 	if _, err := r.source.Ask(ctx, "listen", map[string]string{"addr": r.link.Source().Addr().String()}, &at); err != nil {
 		return err
 	}
+	if err := r.forgetPeaks(ctx); err != nil {
+		return err
+	}
 	begin, err := r.link.Counters()
 	if err != nil {
 		return err
@@ -92,6 +95,7 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup, ended func(erro
 		from, to = min(from, d.start), max(to, d.usable)
 	}
 	v["open_latency"] = seconds(to - from)
+	r.measured(from, to)
 	v["preemptive_pull_bytes"] = float64(f.all[0].stats.PreemptiveBytes)
 
 	// Rounds that are asked for: the source does not look by itself.
@@ -227,6 +231,7 @@ func (f *fan) round(ctx context.Context, work role.SyncWork, n int, t *syncTimes
 	if err := errors.Join(err, end()); err != nil {
 		return err
 	}
+	f.measured(start, monotonic())
 	w1, err := f.link.Counters()
 	if err != nil {
 		return err
@@ -285,7 +290,7 @@ func (f *fan) pulses(ctx context.Context, interval time.Duration) error {
 	}
 	var wrote, saw role.Times
 	var g errgroup.Group
-	start := time.Now()
+	start := monotonic()
 	g.Go(func() error { _, err := f.writer.Ask(ctx, "pulse", struct{}{}, &wrote); return err })
 	g.Go(func() error {
 		patience := f.cell.Budget + 20*interval + 20*f.cell.Link.RTT + 5*time.Second
@@ -295,7 +300,8 @@ func (f *fan) pulses(ctx context.Context, interval time.Duration) error {
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	length := time.Since(start).Seconds()
+	length := seconds(monotonic() - start)
+	f.measured(start, monotonic())
 	after, err := f.counters(ctx)
 	if err != nil {
 		return err

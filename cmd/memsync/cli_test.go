@@ -32,7 +32,10 @@ func TestMain(m *testing.M) {
 //	report N STATUS [KEY=VALUE...]  stdout is the object of measure --json, valid by its
 //	                            schema, with N runs of that status;
 //	                            each cell.KEY is VALUE
-//	metric NAME LOW HIGH        stdout is such an object; in every run the metric lies between
+//	metric NAME LOW HIGH        stdout is such an object; in every run the metric lies between;
+//	                            "! metric NAME": no run has it
+//	calibrated COMMAND...       run it; up to twice more where it says that the link was not
+//	                            what it should be, as on a machine that is busy otherwise
 //	lines N FILE                the file has N lines
 //	awaits FILE                 until the file is there
 func TestScripts(t *testing.T) {
@@ -58,9 +61,27 @@ func TestScripts(t *testing.T) {
 			"report": func(ts *testscript.TestScript, _ bool, args []string) {
 				ts.Check(checkReport(schema, ts.ReadFile("stdout"), args[0], args[1], args[2:]))
 			},
-			"metric": func(ts *testscript.TestScript, _ bool, args []string) {
+			"calibrated": func(ts *testscript.TestScript, _ bool, args []string) {
+				var err error
+				for range 3 {
+					var exit *exec.ExitError
+					if err = ts.Exec(args[0], args[1:]...); !errors.As(err, &exit) || exit.ExitCode() != 5 {
+						break
+					}
+				}
+				ts.Check(err)
+			},
+			"metric": func(ts *testscript.TestScript, absent bool, args []string) {
 				o, err := jsonObject(schema, ts.ReadFile("stdout"))
 				ts.Check(err)
+				if absent {
+					for i, run := range o.Runs {
+						if m, ok := run.Metrics[args[0]]; ok {
+							ts.Fatalf("run %d: %s is %v, want none", i+1, args[0], m.Value)
+						}
+					}
+					return
+				}
 				low, err := strconv.ParseFloat(args[1], 64)
 				ts.Check(err)
 				high, err := strconv.ParseFloat(args[2], 64)

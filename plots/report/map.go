@@ -54,7 +54,7 @@ type contender struct {
 func newMap(rows []results.Row, metric, title string) (decisionMap, bool) {
 	def, _ := results.MetricByName(metric) // the list above names metrics
 	type link struct{ rtt, rate float64 }
-	values := map[link]map[string][]float64{}
+	values, runs := map[link]map[string][]float64{}, map[link]map[string]int{}
 	var rtts, rates []float64
 	var strategies []string
 	var region int64
@@ -66,15 +66,18 @@ func newMap(rows []results.Row, metric, title string) (decisionMap, bool) {
 	}
 	for _, r := range rows {
 		v, ok := r.Value.Get()
-		if r.Figure != mapFigure || r.Metric != metric || r.Status != results.StatusOK || !ok {
+		if r.Figure != mapFigure || r.Status != results.StatusOK {
 			continue
-		}
-		if metric == "time_to_last_byte" { // a run whose time was over first read less
-			v /= float64(r.RegionBytes)
 		}
 		at := link{r.RTTms, r.RateMbit}
 		if values[at] == nil {
-			values[at] = map[string][]float64{}
+			values[at], runs[at] = map[string][]float64{}, map[string]int{}
+		}
+		if r.Metric == results.RunMetric {
+			runs[at][r.Strategy]++
+		}
+		if r.Metric != metric || !ok {
+			continue
 		}
 		values[at][r.Strategy] = append(values[at][r.Strategy], v)
 		rtts, rates, region = add(rtts, r.RTTms), add(rates, r.RateMbit), r.RegionBytes
@@ -82,19 +85,23 @@ func newMap(rows []results.Row, metric, title string) (decisionMap, bool) {
 			strategies = append(strategies, r.Strategy)
 		}
 	}
-	if len(values) == 0 {
+	if len(strategies) == 0 {
 		return decisionMap{}, false
 	}
 	slices.Sort(rtts)
 	slices.Sort(rates)
 	slices.Sort(strategies)
 	d := decisionMap{Title: title, Rates: rates,
-		Note: fmt.Sprintf("Median of the runs of %s, regions of %d MiB read in sequence. Where the 95 %% intervals of several overlap, all are named.", mapFigure, region>>20)}
+		Note: fmt.Sprintf("Median of the runs of %s, regions of %d MiB read in sequence. Where the 95 %% intervals of several overlap, all are named; a strategy of which a run's time was over first is left out.", mapFigure, region>>20)}
 	for _, rtt := range rtts {
 		line := mapLine{RTT: rtt}
 		for _, rate := range rates {
 			var all []contender
-			for name, v := range values[link{rtt, rate}] {
+			at := link{rtt, rate}
+			for name, v := range values[at] {
+				if len(v) < runs[at][name] { // the time of some was over first: the others alone would flatter it
+					continue
+				}
 				all = append(all, contender{name, def.Better, results.Summarize(v)})
 			}
 			line.Cells = append(line.Cells, best(all, strategies))
@@ -114,7 +121,7 @@ func best(all []contender, strategies []string) mapCell {
 		return cmp.Or(c, cmp.Compare(a.name, b.name))
 	})
 	if len(all) == 0 {
-		return mapCell{Text: "no runs", Style: -1}
+		return mapCell{Text: "no runs that ended in time", Style: -1}
 	}
 	first := all[0]
 	c := mapCell{Best: []string{first.name}, Style: slices.Index(strategies, first.name)}

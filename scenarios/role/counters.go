@@ -3,6 +3,8 @@ package role
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -15,7 +17,7 @@ import (
 // /proc/self) and the programs that it started and that still run.
 type Counters struct {
 	CPU             float64 `json:"cpu"` // s, user + system
-	RSS             int64   `json:"rss"` // bytes now
+	RSS             int64   `json:"rss"` // bytes; the peak since forgetPeak, summed over the processes
 	MinorFaults     int64   `json:"minor_faults"`
 	MajorFaults     int64   `json:"major_faults"`
 	ContextSwitches int64   `json:"context_switches"` // voluntary + involuntary
@@ -31,16 +33,38 @@ func counters(context.Context, none) (Counters, error) {
 		CPU:         float64(r.Utime.Nano()+r.Stime.Nano()) / 1e9,
 		MinorFaults: r.Minflt, MajorFaults: r.Majflt, ContextSwitches: r.Nvcsw + r.Nivcsw, At: monotonic(),
 	}
-	if b, err := os.ReadFile("/proc/self/statm"); err == nil {
-		if f := bytes.Fields(b); len(f) > 1 {
-			pages, _ := strconv.ParseInt(string(f[1]), 10, 64)
-			c.RSS = pages * int64(os.Getpagesize())
-		}
-	}
+	c.RSS = peak("self")
 	for _, pid := range descendants("self") {
 		c.add(pid)
 	}
 	return c, nil
+}
+
+// peak is the most memory that a process had resident since it began, or since
+// forgetPeak; 0 where it has ended. Source: VmHWM of proc_pid_status(5).
+func peak(pid string) int64 {
+	b, _ := os.ReadFile("/proc/" + pid + "/status")
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			kib, _ := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(v), " kB"), 10, 64)
+			return kib << 10
+		}
+	}
+	return 0
+}
+
+// forgetPeak makes what is resident now the peak of this process and of those that it
+// started. A kernel without CONFIG_PROC_PAGE_MONITOR cannot: there the peak is that
+// since the process began. Source: 5 in clear_refs of proc_pid_clear_refs(5); Linux 4.0.
+// Soft-dirty bits stay.
+func forgetPeak(context.Context, none) (none, error) {
+	for _, pid := range append(descendants("self"), "self") {
+		err := os.WriteFile("/proc/"+pid+"/clear_refs", []byte("5"), 0)
+		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
+			return none{}, fmt.Errorf("forget the peak of resident memory: %w", err)
+		}
+	}
+	return none{}, nil
 }
 
 // descendants lists the processes that pid started, and so on. Linux 4.2
@@ -73,9 +97,9 @@ func (c *Counters) add(pid string) {
 			number := func(field int) int64 { v, _ := strconv.ParseInt(f[field-3], 10, 64); return v }
 			c.MinorFaults += number(10)
 			c.MajorFaults += number(12)
-			c.RSS += number(24) * int64(os.Getpagesize())
 		}
 	}
+	c.RSS += peak(pid)
 	statuses, _ := filepath.Glob("/proc/" + pid + "/task/*/status")
 	for _, s := range statuses {
 		b, _ := os.ReadFile(s)

@@ -2,10 +2,13 @@ package role
 
 import (
 	"context"
+	"os"
 	"os/exec"
 	"slices"
 	"strconv"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestCountersOfPrograms: what a role started counts as the role's own.
@@ -45,5 +48,38 @@ func TestCountersOfPrograms(t *testing.T) {
 	}
 	if after.MinorFaults-before.MinorFaults < 100 || after.ContextSwitches <= before.ContextSwitches {
 		t.Errorf("before %+v, after %+v", before, after)
+	}
+}
+
+// TestPeak: memory that came and went counts, until the peak is forgotten.
+func TestPeak(t *testing.T) {
+	const size = 256 << 20
+	look := func() int64 {
+		t.Helper()
+		c, err := counters(context.Background(), none{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.RSS
+	}
+	before := look()
+	m, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Munmap(m); err != nil {
+		t.Fatal(err)
+	}
+	// All of the test's own memory is far less than what is asked for here.
+	peak := look()
+	if peak < size {
+		t.Errorf("%d B at %d B mapped, populated and unmapped (%d B before)", peak, size, before)
+	}
+	if _, err := forgetPeak(context.Background(), none{}); err != nil {
+		t.Fatal(err)
+	}
+	_, err = os.Stat("/proc/self/clear_refs") // not there: this kernel cannot
+	if now := look(); err == nil && now > peak-size/2 {
+		t.Errorf("%d B after the peak of %d B was forgotten", now, peak)
 	}
 }
