@@ -83,12 +83,19 @@ func (r there) OpenBeside(ctx context.Context, suffix string, _ bool) (region.St
 
 // daemon mounts as a host of its own.
 func (s *served) daemon(t *testing.T, o strategies.Options) (strategies.Mount, error) {
+	return patiently(t, func(ctx context.Context) (strategies.Mount, error) {
+		return managed.Strategy{}.Mount(ctx, there{s, fmt.Sprint("host ", rand.Uint64())}, o)
+	})
+}
+
+// patiently opens as a writer: the source may not have noticed yet that the one before has left.
+func patiently[T any](t *testing.T, open func(context.Context) (T, error)) (T, error) {
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	for { // the source may not have noticed yet that the writer before has left
-		m, err := managed.Strategy{}.Mount(ctx, there{s, fmt.Sprint("host ", rand.Uint64())}, o)
-		if !errors.Is(err, region.ErrNotPermitted) {
-			return m, err
+	for {
+		v, err := open(ctx)
+		if !errors.Is(err, region.ErrNotPermitted) || ctx.Err() != nil {
+			return v, err
 		}
 		time.Sleep(time.Millisecond)
 	}
@@ -110,7 +117,7 @@ func TestRecoverOntoChange(t *testing.T) {
 		{"another program, ignored", func(_ *testing.T, s *served) { s.changes.Add(1) }, "on_change=ignore", false, true},
 		{"another program, discarded", func(_ *testing.T, s *served) { s.changes.Add(1) }, "recover=discard", false, false},
 		{"another writer", func(t *testing.T, s *served) {
-			w, err := s.open(t.Context(), "region", "another")
+			w, err := patiently(t, func(ctx context.Context) (region.Store, error) { return s.open(ctx, "region", "another") })
 			if err == nil {
 				err = errors.Join(w.WriteAt(t.Context(), []byte("another"), 250_000), w.Close())
 			}
