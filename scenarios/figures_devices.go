@@ -2,11 +2,9 @@ package scenarios
 
 import (
 	"fmt"
-	"os"
 	"time"
 
 	"memsync/results"
-	"memsync/strategies/region"
 )
 
 // deviceFigures compare devices, and what lies on them.
@@ -41,15 +39,6 @@ func onDevice(figure, strategy, device string, settings ...string) *Cell {
 	return c
 }
 
-// nativeOnly marks a cell as unsupported in the lab kernel, in which entering the
-// kernel costs sixty times as much: what it measures says nothing there.
-func nativeOnly(c *Cell) *Cell {
-	if os.Getenv("MEMSYNC_LAB") == "1" {
-		c.Missing = fmt.Errorf("CPU-bound figures need a native kernel: run it outside of the lab (for kernel NBD: modprobe nbd): %w", region.ErrNotSupported)
-	}
-	return c
-}
-
 func deviceOverhead() Figure {
 	const name = "device-overhead"
 	f := Figure{Spec: results.FigureSpec{
@@ -73,7 +62,7 @@ func deviceOverhead() Figure {
 		for _, transport := range []string{"local", "nbd"} {
 			for _, m := range [][2]string{{"managed-mount", "fuse"}, {"managed-mount", "nbd"}, {"managed-mount", "uffd"},
 				{"direct-mount", "fuse"}, {"direct-mount", "nbd"}, {"userfaultfd", "uffd"}} {
-				c := nativeOnly(onDevice(name, m[0], m[1]))
+				c := onDevice(name, m[0], m[1])
 				if m[0] == "userfaultfd" {
 					c.Settings = []string{"fault_around=64KiB", "prefetch=sequential"} // as the kernel's read-ahead does for the others
 				}
