@@ -8,6 +8,9 @@ ALL ?= results/out/all
 FUZZTIME ?= 30s
 PKG ?= ./...
 FIGURES := latency-first-chunk-rttvar-1 throughput-rttvar-1
+# The commit for manifests; empty outside a checkout of git.
+STAMP = $(shell h=$$(git rev-parse HEAD 2>/dev/null) && echo "$$h$$(test -z "$$(git status --porcelain)" || echo +dirty)")
+LDFLAGS = -ldflags "-X memsync/results.stamp=$(STAMP)"
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
 .PHONY: bench bench-all bench-nbd test build race lint fmt fuzz clean help peers peers-test
@@ -29,7 +32,7 @@ test: build ## all tests (PKG=./netem for one package)
 
 build: ## bin/memsync
 	@echo "fetches: Go modules that are not in the module cache yet"
-	CGO_ENABLED=0 $(GO) build -trimpath -o bin/memsync ./cmd/memsync
+	CGO_ENABLED=0 $(GO) build -trimpath $(LDFLAGS) -o bin/memsync ./cmd/memsync
 
 # The lab's own tests look at times, which the race detector stretches; those in it are raced.
 race: ## all tests under the race detector (needs gcc), those of the kernel's NBD device in the lab kernel
@@ -44,7 +47,7 @@ lint: ## formatting, vet, staticcheck; the layer rules are a test (scenarios/lay
 
 peers: ## bin/memsync-peers: memsync with other projects' programs as strategies (needs gcc; docs/peers.md)
 	@echo "fetches: Go modules that are not in the module cache yet"
-	cd strategies/peers && CGO_ENABLED=1 $(GO) build -trimpath -o ../../bin/memsync-peers ./cmd/memsync-peers
+	cd strategies/peers && CGO_ENABLED=1 $(GO) build -trimpath $(LDFLAGS) -o ../../bin/memsync-peers ./cmd/memsync-peers
 
 peers-test: build peers ## vet, staticcheck and tests of the peers' module (needs gcc)
 	cd strategies/peers && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...

@@ -308,6 +308,17 @@ func TestManifest(t *testing.T) {
 	}
 }
 
+// TestStamp: what the linker set goes before what the go command knows.
+func TestStamp(t *testing.T) {
+	defer func(old string) { stamp = old }(stamp)
+	for set, dirty := range map[string]bool{"0123abcd": false, "0123abcd+dirty": true} {
+		stamp = set
+		if m := NewManifest(); m.Commit != "0123abcd" || m.Dirty != dirty {
+			t.Errorf("%s: commit %q, dirty %t", set, m.Commit, m.Dirty)
+		}
+	}
+}
+
 func TestThesis(t *testing.T) {
 	figures, err := parseThesis(thesisCSV)
 	if err != nil {

@@ -53,11 +53,18 @@ type Host struct {
 	Load1       float64 `json:"load1"` // one-minute load average at the start
 }
 
+// stamp is the commit that the Makefile has the linker set, "+dirty" behind it where
+// files differ from it: the go command finds none in a work tree of git beside the
+// repository, nor with -buildvcs=false in GOFLAGS. It never changes.
+var stamp string
+
 // NewManifest returns a manifest of this process on this machine, begun now.
 // Seed, features and link evidence are the caller's to add.
 func NewManifest() Manifest {
 	m := Manifest{Schema: Schema, Host: ReadHost(), GoVersion: runtime.Version(), CommandLine: os.Args, Start: time.Now().UTC()}
-	if b, ok := debug.ReadBuildInfo(); ok {
+	if stamp != "" {
+		m.Commit, m.Dirty = strings.CutSuffix(stamp, "+dirty")
+	} else if b, ok := debug.ReadBuildInfo(); ok {
 		for _, s := range b.Settings {
 			switch s.Key {
 			case "vcs.revision":

@@ -56,7 +56,7 @@ the reason.`,
 	}
 	f := c.Flags()
 	f.BoolVar(&o.all, "all", false, "all figures")
-	f.BoolVar(&o.quick, "quick", false, "three points of x a figure, time budgets")
+	f.BoolVar(&o.quick, "quick", false, "three points of x a figure; smaller regions and budgets where the full form would take long")
 	f.StringVar(&o.variant, "variant", scenarios.Network, "thesis (its sizes, a sleep for a network), network (a real shaped link) or both")
 	f.StringVar(&o.out, "out", "", "result `folder` (default: results/out/NAME)")
 	f.StringVar(&o.shard, "shard", "", "`i/n`: only the i-th of n parts of the sweep")
