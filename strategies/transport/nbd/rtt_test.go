@@ -74,22 +74,29 @@ func TestRoundTrips(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			d := far(t, serve(t, c.tr, transport.One{Store: viewed{newRAM(1<<20, 1)}}), rtt/2)
-			start := time.Now()
-			s, err := c.tr.Open(testContext(t), d, c.o)
-			took := time.Since(start)
-			if err != nil {
-				t.Fatal(err)
+			// A busy machine only adds: the shortest of several counts.
+			opened, read := time.Hour, time.Hour
+			for try := 0; try < 5 && (opened > time.Duration(c.rtts)*rtt+rtt*9/10 || read > rtt*18/10); try++ {
+				start := time.Now()
+				s, err := c.tr.Open(testContext(t), d, c.o)
+				if err != nil {
+					t.Fatal(err)
+				}
+				opened = min(opened, time.Since(start))
+				start = time.Now()
+				if err := s.ReadAt(testContext(t), make([]byte, 4096), 0); err != nil {
+					t.Fatal(err)
+				}
+				read = min(read, time.Since(start))
+				if err := s.Close(); err != nil {
+					t.Error(err)
+				}
 			}
-			defer s.Close()
-			if took < time.Duration(c.rtts)*rtt-10*time.Millisecond || took > time.Duration(c.rtts)*rtt+90*time.Millisecond {
-				t.Errorf("open took %v, want %d round trips of %v", took, c.rtts, rtt)
+			if least := time.Duration(c.rtts) * rtt; opened < least-10*time.Millisecond || opened > least+rtt*9/10 {
+				t.Errorf("open took %v, want %d round trips of %v", opened, c.rtts, rtt)
 			}
-			start = time.Now()
-			if err := s.ReadAt(testContext(t), make([]byte, 4096), 0); err != nil {
-				t.Fatal(err)
-			}
-			if took := time.Since(start); took > rtt+80*time.Millisecond {
-				t.Errorf("read took %v, want one round trip of %v", took, rtt)
+			if read > rtt*18/10 {
+				t.Errorf("read took %v, want one round trip of %v", read, rtt)
 			}
 		})
 	}
