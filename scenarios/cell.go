@@ -159,6 +159,7 @@ func (c *Cell) Resolve() error {
 	if c.Chunk == 0 {
 		c.Chunk = info.DefaultChunk
 	}
+	pulls := c.PullWorkers
 	if c.PullWorkers < 0 {
 		c.PullWorkers = info.PullWorkers
 	}
@@ -178,8 +179,20 @@ func (c *Cell) Resolve() error {
 	if errors.Is(deviceErr, ErrUsage) {
 		return deviceErr
 	}
-	if c.params, err = param.New(all.Specs(st, c.Device, c.Transport, c.Backend), c.Settings); err != nil {
+	specs := all.Specs(st, c.Device, c.Transport, c.Backend)
+	if c.params, err = param.New(specs, c.Settings); err != nil {
 		return usage("%w", err)
+	}
+	if d, ok := st.(strategies.Defaulter); ok {
+		inMemory := c.Transport == "local" && c.Backend == "memory" && c.Link.RTT == 0
+		n, settings, err := d.Defaults(strategies.Options{Chunk: c.Chunk, PullWorkers: pulls, Params: c.params}, inMemory)
+		if err != nil {
+			return usage("%w", err)
+		}
+		c.PullWorkers = n
+		if c.params, err = param.New(specs, slices.Concat(c.Settings, settings)); err != nil {
+			return usage("%w", err)
+		}
 	}
 	if c.Op == OpMigrate && c.Size < 2*region.PageSize() {
 		return usage("op migrate with a region of %d bytes: the application needs two pages", c.Size)

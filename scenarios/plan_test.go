@@ -123,6 +123,37 @@ func TestKey(t *testing.T) {
 	}
 }
 
+// TestEffective: a record says what a cell left open, and its key does not depend on
+// whether that was written out.
+func TestEffective(t *testing.T) {
+	resolve := func(workers int, settings ...string) *Cell {
+		t.Helper()
+		c := &Cell{Strategy: "userfaultfd", Size: 1 << 20, PullWorkers: workers, PushWorkers: -1, Budget: time.Second, Limit: WholeRegion, Settings: settings}
+		if err := c.Resolve(); err != nil && !errors.Is(err, region.ErrNotSupported) && !errors.Is(err, region.ErrNotPermitted) {
+			t.Fatal(err)
+		}
+		return c
+	}
+	c := resolve(-1, "prefetch=all")
+	if r := c.Row(); r.PullWorkers != 16 || !strings.Contains(r.Params, "copiers=16;") || !strings.Contains(r.Params, ";extent=256KiB;fault_around=4KiB;") {
+		t.Errorf("%d pull workers, %s", r.PullWorkers, r.Params)
+	}
+	if same := resolve(16, "extent=256KiB", "prefetch=all", "fault_around=4KiB"); same.Key() != c.Key() {
+		t.Errorf("defaults that are written out make another cell: %s, %s", same.Params(), c.Params())
+	}
+	if r := resolve(16).Row(); r.PullWorkers != 0 {
+		t.Errorf("%d pull workers without prefetch", r.PullWorkers)
+	}
+	key := c.Key()
+	if err := c.Resolve(); err != nil && errors.Is(err, ErrUsage) || c.Key() != key {
+		t.Errorf("resolved again: %v, %s", err, c.Params())
+	}
+	small := &Cell{Strategy: "userfaultfd", Size: 1 << 20, Chunk: 64 << 10, Budget: time.Second, Settings: []string{"fault_around=4KiB"}}
+	if err := small.Resolve(); !errors.Is(err, ErrUsage) {
+		t.Errorf("a fault-around below the chunk: %v", err)
+	}
+}
+
 func TestParsePlacement(t *testing.T) {
 	for in, want := range map[string]map[string]string{
 		"": {}, "daemon=0": {"daemon": "0"}, "source=0,daemon=1,workload=0-1": {"source": "0", "daemon": "1", "workload": "0-1"},

@@ -69,6 +69,16 @@ type Strategy interface {
 	Mount(ctx context.Context, r Remote, o Options) (Mount, error)
 }
 
+// Defaulter is what a Strategy may also be: one with defaults that depend on what else
+// is asked for. Defaults returns how many pulls in flight o gives, whose PullWorkers
+// is -1 where none were asked for, and name=value of the parameters that stand for
+// something else as they are in o; inMemory says that the daemon has all bytes in
+// memory itself. What it returns has no further effect: it says what o means. It is
+// the same on every machine. Its errors are of what was asked.
+type Defaulter interface {
+	Defaults(o Options, inMemory bool) (pullWorkers int, settings []string, err error)
+}
+
 // Remote is how the daemon reaches the source's region. With transport "local"
 // the region is held by the daemon itself.
 type Remote interface {

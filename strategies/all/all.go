@@ -79,7 +79,7 @@ func Specs(s strategies.Strategy, deviceName, transportName, backendName string)
 	if transportName != "local" {
 		specs = append(specs, nbd.Params()...)
 		specs = append(specs, param.Spec{Name: "congestion", Kind: param.KindString,
-			Doc: "TCP congestion control of both ends (default: the kernel's)"},
+			Doc: "TCP congestion control of both ends (default: the kernel's, which the links of manifest.json name)"},
 			param.Spec{Name: "initial_window", Kind: param.KindInt, Default: "0", Max: 1000,
 				Doc: "segments that a TCP connection sends before the first acknowledgement, both ends (initcwnd of the route); 0 is the kernel's own, 10"})
 	}

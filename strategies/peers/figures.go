@@ -17,7 +17,7 @@ func Figures() []scenarios.Figure {
 	return []scenarios.Figure{
 		comparison("peers", "Peers and memsync", []contender{
 			{"userfaultfd-go", "uffd", "userfaultfd-go", nil},
-			{"userfaultfd", "uffd", "userfaultfd", nil},
+			{"userfaultfd", "uffd", "userfaultfd", []string{"fault_around=4KiB"}},
 			{"userfaultfd", "uffd", "userfaultfd, 64 KiB a fault", []string{"fault_around=64KiB"}},
 			{"direct-mount-go-nbd", "fuse", "direct mount, server go-nbd", nil},
 			{"direct-mount-nbd-server", "fuse", "direct mount, server nbd-server", nil},

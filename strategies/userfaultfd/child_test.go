@@ -632,7 +632,7 @@ func (r remote) Open(ctx context.Context) (region.Store, error) {
 func (r remote) Dial(context.Context) (net.Conn, error) { return nil, region.ErrNotSupported }
 
 func mountStore(s region.Store, settings ...string) (strategies.Mount, error) {
-	var o strategies.Options
+	o := strategies.Options{PullWorkers: -1}
 	settings = slices.Clone(settings)
 	for i := 0; i < len(settings); {
 		if n, ok := strings.CutPrefix(settings[i], "chunk="); ok {

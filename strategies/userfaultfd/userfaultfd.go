@@ -26,6 +26,7 @@ type Strategy struct{}
 
 var (
 	_ strategies.Strategy    = Strategy{}
+	_ strategies.Defaulter   = Strategy{}
 	_ strategies.FaultServer = (*mount)(nil)
 )
 
@@ -37,13 +38,14 @@ func (Strategy) Info() strategies.Info {
 		Capabilities: []strategies.Capability{strategies.Reads, strategies.Prefetch},
 		Devices:      []string{"uffd"},
 		DefaultChunk: region.PageSize(),
+		PullWorkers:  pullWorkers,
 		Params: append(watch.Params(false), []param.Spec{
 			{Name: "handlers", Kind: param.KindInt, Default: "1", Min: 1, Max: 64, Doc: "threads that answer faults, each with one read of the source at a time; the thesis has 1"},
-			{Name: "fault_around", Kind: param.KindSize, Min: region.PageSize(), Max: 2 << 20, Doc: "bytes that one fault fills, an aligned block of whole chunks; default the chunk"},
+			{Name: "fault_around", Kind: param.KindSize, Min: region.PageSize(), Max: 2 << 20, Doc: "bytes that one fault fills, an aligned block of whole chunks; default the chunk, 2MiB with memory=huge or thp"},
 			{Name: "prefetch", Kind: param.KindEnum, Default: "none", Values: []string{"none", "sequential", "all"}, Doc: "pull ahead of sequential readers, or all of the region in order"},
 			{Name: "prefetch_window", Kind: param.KindSize, Default: "4MiB", Min: 64 << 10, Max: 1 << 30, Doc: "most bytes that are pulled ahead of a sequential reader; the link's BDP or more"},
-			{Name: "extent", Kind: param.KindSize, Min: region.PageSize(), Max: 32 << 20, Doc: "bytes of one background pull; default 256KiB, 2MiB with transport local"},
-			{Name: "copiers", Kind: param.KindInt, Default: "0", Max: 512, Doc: "background pulls in flight; 0 means the pull workers, else 16, or 2 with transport local"},
+			{Name: "extent", Kind: param.KindSize, Min: region.PageSize(), Max: 32 << 20, Doc: "bytes of one background pull, whole chunks; default 256KiB, 2MiB where the daemon has the bytes in memory (transport local) or memory=huge, and at least the chunk"},
+			{Name: "copiers", Kind: param.KindInt, Default: "0", Max: 512, Doc: "background pulls in flight, in place of the pull workers; 0 means those: 16, or 2 where the daemon has the bytes in memory; none without prefetch"},
 			{Name: "resolve", Kind: param.KindEnum, Default: "copy", Values: []string{"copy", "continue"}, Doc: "how pages are filled: UFFDIO_COPY, or a write to the memfd and UFFDIO_CONTINUE (memory=shared)"},
 			{Name: "memory", Kind: param.KindEnum, Default: "anonymous", Values: []string{"anonymous", "shared", "huge", "thp"}, Doc: "what the workload maps: private memory, a memfd, a memfd of reserved 2 MiB pages, or private memory aligned and advised for 2 MiB pages"},
 			{Name: "writes", Kind: param.KindEnum, Default: "refused", Values: []string{"refused", "private"}, Doc: "a read-only mapping, or stores that the source never sees"},
@@ -62,6 +64,69 @@ func (Strategy) Info() strategies.Info {
 // Serve hands the connection to the transport: the source only reads.
 func (Strategy) Serve(ctx context.Context, t transport.Transport, conn net.Conn, e transport.Exports, _ param.Values) error {
 	return t.Serve(ctx, conn, e)
+}
+
+// pullWorkers is how many background pulls are in flight, where the strategy prefetches:
+// enough for the BDP of most links. pullCopies is that where they are copies from
+// memory to memory, which the CPUs bound.
+const (
+	pullWorkers = 16
+	pullCopies  = 2
+)
+
+// sizes are what one fault and one background pull fill, in bytes, and how many of
+// these are in flight.
+type sizes struct {
+	around, extent int64
+	pulls          int
+}
+
+// sizesOf returns what o asks for, defaults filled in; o.PullWorkers is -1 for the default.
+func sizesOf(o strategies.Options, inMemory bool) (sizes, error) {
+	p, chunk, memory := o.Params, max(o.Chunk, region.PageSize()), o.Params.Text("memory")
+	z := sizes{p.Size("fault_around"), p.Size("extent"), o.PullWorkers}
+	least := chunk // that one fault can fill
+	if memory == "huge" || memory == "thp" {
+		least = max(chunk, uffd.HugePageSize)
+	}
+	if z.around == 0 {
+		z.around = least
+	}
+	if z.around < least || z.around%chunk != 0 {
+		return z, fmt.Errorf("fault_around=%s: with chunks of %s and memory=%s want a multiple of %s, at least %s: %w", region.FormatSize(z.around),
+			region.FormatSize(chunk), memory, region.FormatSize(chunk), region.FormatSize(least), region.ErrOutOfRange)
+	}
+	if memory != "huge" {
+		least = chunk
+	}
+	if z.extent == 0 {
+		z.extent = max(256<<10, least)
+		if inMemory {
+			z.extent = max(2<<20, least)
+		}
+	}
+	if z.extent < least || z.extent%least != 0 {
+		return z, fmt.Errorf("extent=%s: with chunks of %s and memory=%s want a multiple of %s: %w", region.FormatSize(z.extent),
+			region.FormatSize(chunk), memory, region.FormatSize(least), region.ErrOutOfRange)
+	}
+	if n := p.Int("copiers"); n > 0 {
+		z.pulls = n
+	}
+	switch {
+	case p.Text("prefetch") == "none":
+		z.pulls = 0
+	case z.pulls < 0 && inMemory:
+		z.pulls = pullCopies
+	case z.pulls < 0:
+		z.pulls = pullWorkers
+	}
+	return z, nil
+}
+
+// Defaults says what is pulled in the background, and in which sizes.
+func (Strategy) Defaults(o strategies.Options, inMemory bool) (int, []string, error) {
+	z, err := sizesOf(o, inMemory)
+	return z.pulls, []string{"fault_around=" + region.FormatSize(z.around), "extent=" + region.FormatSize(z.extent), fmt.Sprintf("copiers=%d", z.pulls)}, err
 }
 
 // Mount opens the remote region and says how to map it. Faults are served from
@@ -96,14 +161,7 @@ func (m *mount) open(ctx context.Context, r strategies.Remote, o strategies.Opti
 		f.PageSize = uffd.HugePageSize
 	}
 	chunk := max(o.Chunk, region.PageSize())
-	m.o = uffd.Options{PageSize: f.PageSize, Handlers: p.Int("handlers"), Poll: p.Duration("poll"), Deadline: p.Duration("deadline"),
-		FaultAround: max(p.Size("fault_around"), chunk), Window: p.Size("prefetch_window"), Extent: p.Size("extent"), Copiers: p.Int("copiers")}
-	if m.o.Extent == 0 && chunk > 256<<10 {
-		m.o.Extent = chunk
-	}
-	if m.o.Copiers == 0 {
-		m.o.Copiers = o.PullWorkers
-	}
+	m.o = uffd.Options{PageSize: f.PageSize, Handlers: p.Int("handlers"), Poll: p.Duration("poll"), Deadline: p.Duration("deadline"), Window: p.Size("prefetch_window")}
 	switch p.Text("prefetch") {
 	case "sequential":
 		m.o.Prefetch = uffd.PrefetchSequential
@@ -115,6 +173,9 @@ func (m *mount) open(ctx context.Context, r strategies.Remote, o strategies.Opti
 		return fmt.Errorf("resolve=continue with memory=%s: it needs memory=shared: %w", f.Memory, region.ErrNotSupported)
 	}
 	if err := errors.Join(region.CheckChunk(chunk), check(f)); err != nil {
+		return err
+	}
+	if _, err := sizesOf(o, false); err != nil { // before anything is opened
 		return err
 	}
 	var opening errgroup.Group
@@ -140,20 +201,18 @@ func (m *mount) open(ctx context.Context, r strategies.Remote, o strategies.Opti
 	case "thp":
 		f.Memory = "huge" // without a file
 		m.o.PageSize = region.PageSize()
-		m.o.FaultAround = max(m.o.FaultAround, uffd.HugePageSize)
-	case "huge":
-		m.o.FaultAround = max(m.o.FaultAround, uffd.HugePageSize)
-		m.o.Extent = max(m.o.Extent, uffd.HugePageSize)
-		fallthrough
-	case "shared":
+	case "huge", "shared":
 		if m.attach.File, err = memfd(m.attach.Size, f); err != nil {
 			return err
 		}
 	}
-	for _, n := range []int64{m.o.FaultAround % chunk, m.o.Extent % chunk} {
-		if n != 0 {
-			return fmt.Errorf("fault_around %d, extent %d: want multiples of the chunk, %d: %w", m.o.FaultAround, m.o.Extent, chunk, region.ErrOutOfRange)
-		}
+	z, err := sizesOf(o, uffd.InMemory(m.store))
+	if err != nil {
+		return err
+	}
+	m.o.FaultAround, m.o.Extent, m.o.Copiers = z.around, z.extent, z.pulls
+	if z.pulls == 0 {
+		m.o.Prefetch = uffd.PrefetchNone
 	}
 	if f.Minor {
 		m.o.Memfd = m.attach.File

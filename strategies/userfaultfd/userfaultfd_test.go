@@ -11,6 +11,7 @@ import (
 
 	"memsync/strategies"
 	"memsync/strategies/device/uffd"
+	"memsync/strategies/param"
 	"memsync/strategies/region"
 )
 
@@ -409,7 +410,7 @@ func TestDaemonKilled(t *testing.T) {
 }
 
 func TestMountRefuses(t *testing.T) {
-	for _, v := range []string{"resolve=continue", "chunk=64KiB fault_around=96KiB", "chunk=5000", "memory=huge resolve=continue", "cache=64KiB"} {
+	for _, v := range []string{"resolve=continue", "chunk=64KiB fault_around=96KiB", "chunk=64KiB fault_around=4KiB", "chunk=64KiB extent=96KiB", "memory=thp fault_around=64KiB", "chunk=5000", "memory=huge resolve=continue", "cache=64KiB"} {
 		s := newStore(content, 1<<20)
 		if m, err := mountStore(s, strings.Fields(v)...); err == nil {
 			m.Close(context.Background())
@@ -426,5 +427,74 @@ func TestMountRefuses(t *testing.T) {
 	null, _ := os.Open(os.DevNull)
 	if err := m.(strategies.FaultServer).ServeFaults(null, 0); !errors.Is(err, region.ErrClosed) {
 		t.Errorf("ServeFaults after Close: %v", err)
+	}
+}
+
+// TestDefaults: what a cell leaves open, and what it cannot ask for.
+func TestDefaults(t *testing.T) {
+	for _, c := range []struct {
+		settings string
+		chunk    int64
+		asked    int // pull workers; -1 is the default
+		inMemory bool
+		pulls    int
+		want     string // "" is an error
+	}{
+		{"", 4096, -1, false, 0, "fault_around=4KiB extent=256KiB copiers=0"},
+		{"", 4096, 7, false, 0, "fault_around=4KiB extent=256KiB copiers=0"},
+		{"", 1 << 20, -1, false, 0, "fault_around=1MiB extent=1MiB copiers=0"},
+		{"fault_around=64KiB", 4096, -1, true, 0, "fault_around=64KiB extent=2MiB copiers=0"},
+		{"prefetch=all", 4096, -1, false, 16, "fault_around=4KiB extent=256KiB copiers=16"},
+		{"prefetch=sequential", 4096, -1, true, 2, "fault_around=4KiB extent=2MiB copiers=2"},
+		{"prefetch=all", 4096, 0, false, 0, "fault_around=4KiB extent=256KiB copiers=0"},
+		{"prefetch=all", 4096, 5, true, 5, "fault_around=4KiB extent=2MiB copiers=5"},
+		{"prefetch=all copiers=3 extent=64KiB", 4096, 0, false, 3, "fault_around=4KiB extent=64KiB copiers=3"},
+		{"memory=huge prefetch=all", 4096, 1, false, 1, "fault_around=2MiB extent=2MiB copiers=1"},
+		{"memory=thp", 4096, -1, false, 0, "fault_around=2MiB extent=256KiB copiers=0"},
+		{"fault_around=4KiB", 65536, -1, false, 0, ""},
+		{"fault_around=6KiB", 4096, -1, false, 0, ""},
+		{"extent=4KiB", 65536, -1, false, 0, ""},
+		{"memory=thp fault_around=64KiB", 4096, -1, false, 0, ""},
+		{"memory=huge extent=64KiB", 4096, -1, false, 0, ""},
+	} {
+		p, err := param.New(Strategy{}.Info().Params, strings.Fields(c.settings))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pulls, got, err := Strategy{}.Defaults(strategies.Options{Chunk: c.chunk, PullWorkers: c.asked, Params: p}, c.inMemory)
+		if c.want == "" {
+			if !errors.Is(err, region.ErrOutOfRange) {
+				t.Errorf("%+v: %v", c, err)
+			}
+			continue
+		}
+		if err != nil || pulls != c.pulls || strings.Join(got, " ") != c.want {
+			t.Errorf("%+v: %d, %q, %v", c, pulls, got, err)
+		}
+	}
+}
+
+// TestNoPullWorkers: without workers, nothing is pulled ahead.
+func TestNoPullWorkers(t *testing.T) {
+	for _, prefetch := range []string{"all", "sequential"} {
+		for workers, want := range map[int]bool{0: false, 2: true} {
+			p, err := param.New(Strategy{}.Info().Params, []string{"prefetch=" + prefetch})
+			if err != nil {
+				t.Fatal(err)
+			}
+			const size = 8 << 20
+			m, err := Strategy{}.Mount(context.Background(), remote{newStore(content, size)}, strategies.Options{Device: "uffd", PullWorkers: workers, Params: p})
+			if err != nil {
+				t.Fatal(err)
+			}
+			x := &mounted{Mount: m, t: t, w: start(t, "workload", nil)}
+			x.guard, x.base = x.w.attachTo(m.Attachment(), m.(strategies.FaultServer).ServeFaults)
+			x.w.ask(request{Op: "read", Len: size, N: 4096, Content: content})
+			if n := m.Stats().PrefetchRequests; n > 0 != want {
+				t.Errorf("prefetch=%s, %d workers: %d requests ahead", prefetch, workers, n)
+			}
+			x.w.ask(request{Op: "detach"})
+			x.close()
+		}
 	}
 }

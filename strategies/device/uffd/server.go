@@ -124,15 +124,23 @@ func Serve(uffd *os.File, base uintptr, store region.Store, o Options) (*Server,
 	return s, nil
 }
 
+// InMemory reports whether a Server copies from where the store has its bytes.
+func InMemory(store region.Store) bool {
+	v, ok := store.(region.Viewer)
+	if !ok || store.Size() == 0 {
+		return false
+	}
+	_, ok = v.View(0, 1)
+	return ok
+}
+
 func (s *Server) open() error {
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.answer = s.fault
 	s.work.L = &s.mu
 	o := &s.o
-	if v, ok := s.store.(region.Viewer); ok && s.size > 0 {
-		if _, ok := v.View(0, 1); ok {
-			s.viewer = v
-		}
+	if InMemory(s.store) {
+		s.viewer = s.store.(region.Viewer)
 	}
 	local := s.viewer != nil
 	s.page = or(o.PageSize, region.PageSize())
