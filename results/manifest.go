@@ -32,7 +32,7 @@ type Manifest struct {
 	End          time.Time         `json:"end,omitzero"` // of the last sweep that ended
 	Features     json.RawMessage   `json:"features,omitempty"`
 	Links        []json.RawMessage `json:"links,omitempty"`        // qdiscs as read back
-	Calibrations []json.RawMessage `json:"calibrations,omitempty"` // one for each distinct link
+	Calibrations []json.RawMessage `json:"calibrations,omitempty"` // one for each distinct link and sweep that used it
 	Parts        []Manifest        `json:"parts,omitempty"`        // of the folders that Merge joined, and of sweeps that went on under another kernel
 }
 

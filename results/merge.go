@@ -2,7 +2,6 @@ package results
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -139,24 +138,15 @@ func runsOf(rows []Row) func(yield func([]Row) bool) {
 // readHistograms puts the lines of a folder's histograms, if it has any, in place
 // of those of the same runs.
 func readHistograms(dir string, byRun map[string][]byte) error {
-	b, err := os.ReadFile(filepath.Join(dir, HistogramsFile))
+	mine := map[string]bool{}
+	err := eachHistogram(dir, func(r HistogramRecord, line []byte) {
+		if !mine[r.RunID] {
+			mine[r.RunID], byRun[r.RunID] = true, nil
+		}
+		byRun[r.RunID] = slices.Concat(byRun[r.RunID], line) // a run has several
+	})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
-	} else if err != nil {
-		return err
 	}
-	mine := map[string]bool{}
-	for line := range bytes.Lines(b) {
-		var of struct {
-			Run string `json:"run_id"`
-		}
-		if !bytes.HasSuffix(line, []byte("\n")) || json.Unmarshal(line, &of) != nil {
-			continue // the cut end of a killed sweep; its run is not closed
-		}
-		if !mine[of.Run] {
-			mine[of.Run], byRun[of.Run] = true, nil
-		}
-		byRun[of.Run] = slices.Concat(byRun[of.Run], line) // a run has several
-	}
-	return nil
+	return err
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -198,19 +197,24 @@ func runRun(s *state, o *runOptions) error {
 	p := newProgress(s, "run")
 	r.Log = p.Note
 	p.Plan(items)
-	hist, err := os.OpenFile(filepath.Join(o.out, results.HistogramsFile), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o666)
+	hist, err := results.OpenHistograms(o.out)
 	if err != nil {
 		return exitWith(exitFailed, err)
 	}
 	defer hist.Close()
+	evidence := &linkEvidence{dir: o.out}
+	if evidence.manifest, err = results.ReadManifest(o.out); err != nil {
+		return exitWith(exitFailed, err)
+	}
 	err = r.Sweep(s.ctx, items, p.Begin, func(out scenarios.Outcome) error {
 		status.add(out)
 		rows, err := out.Rows()
-		for of, h := range map[string][]byte{results.TouchHistogram: out.Histogram, results.RequestHistogram: out.Requests} {
-			if err == nil && len(h) > 0 {
-				// Before the rows: a recorded run always has its histograms.
-				err = json.NewEncoder(hist).Encode(results.NewHistogramRecord(out.ID, of, h))
-			}
+		// Before the rows: a recorded run always has its histograms and its link's calibration.
+		if err == nil {
+			err = hist.Append(histograms(out)...)
+		}
+		if err == nil {
+			err = evidence.add(r)
 		}
 		if err == nil {
 			err = w.Append(rows...)
@@ -222,7 +226,7 @@ func runRun(s *state, o *runOptions) error {
 	if err != nil && s.ctx.Err() == nil {
 		return exitWith(exitFailed, fmt.Errorf("record: %w", err))
 	}
-	if err := finishManifest(o.out, r); err != nil {
+	if err := evidence.finish(r); err != nil {
 		return exitWith(exitFailed, err)
 	}
 	if s.ctx.Err() == nil {
@@ -269,16 +273,44 @@ func newKernel(m results.Manifest, h results.Host) bool {
 	return !same(m) && !slices.ContainsFunc(m.Parts, same)
 }
 
-// finishManifest adds what the sweep learnt.
-func finishManifest(dir string, r *scenarios.Runner) error {
-	m, err := results.ReadManifest(dir)
-	if err != nil {
+// histograms are the records of a run's histograms.
+func histograms(o scenarios.Outcome) []results.HistogramRecord {
+	var records []results.HistogramRecord
+	if len(o.Histogram) > 0 {
+		records = append(records, results.NewHistogramRecord(o.ID, results.TouchHistogram, o.Histogram))
+	}
+	if len(o.Requests) > 0 {
+		records = append(records, results.NewHistogramRecord(o.ID, results.RequestHistogram, o.Requests))
+	}
+	return records
+}
+
+// linkEvidence keeps what a sweep's links have shown in the manifest of its folder.
+type linkEvidence struct {
+	dir      string
+	manifest results.Manifest // as the sweep found it
+	known    int              // of the sweep's links, those that the written one has
+}
+
+// add writes the manifest where links were opened since it was written.
+func (e *linkEvidence) add(r *scenarios.Runner) error {
+	links, calibrations := r.Evidence()
+	if len(links) == e.known {
+		return nil
+	}
+	m := e.manifest
+	m.Links, m.Calibrations = slices.Concat(m.Links, links), slices.Concat(m.Calibrations, calibrations)
+	if err := results.WriteManifest(e.dir, m); err != nil {
 		return err
 	}
-	links, calibrations := r.Evidence()
-	m.Links, m.Calibrations = append(m.Links, links...), append(m.Calibrations, calibrations...)
-	m.End = time.Now()
-	return results.WriteManifest(dir, m)
+	e.known = len(links)
+	return nil
+}
+
+// finish writes the manifest at the end of the sweep.
+func (e *linkEvidence) finish(r *scenarios.Runner) error {
+	e.manifest.End, e.known = time.Now(), -1
+	return e.add(r)
 }
 
 // show draws the figures of a result folder and prints the table.

@@ -22,6 +22,7 @@ import (
 	"memsync/results"
 	"memsync/strategies/all"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 )
 
 // patience is how long a wait may take in these tests before it counts as hung.
@@ -397,33 +398,87 @@ func TestKill(t *testing.T) {
 	}
 }
 
-// TestResume: a sweep that is killed again and again ends with every planned
-// run recorded exactly once.
+// TestResume: a sweep that is ended again and again, by SIGKILL, SIGINT or SIGTERM, ends
+// with every planned run recorded exactly once, and at no moment has records of a link
+// without its calibration.
 func TestResume(t *testing.T) {
 	t.Parallel()
+	seed := replay.Seed(t)
+	rng := rand.New(rand.NewPCG(seed, 3))
 	dir := t.TempDir()
-	args := []string{"run", "gc-tail", "--quick", "--runs", "2", "--budget", "5ms", "--shard", "1/2", "--out", "r"}
-	rng := rand.New(rand.NewPCG(3, 3))
-	for i := range 3 {
-		c := launch(t, dir, args...)
-		select {
-		case <-c.done:
-		case <-time.After(time.Duration(200+rng.IntN(900)) * time.Millisecond):
+	out := filepath.Join(dir, "r")
+	args := []string{"run", "gc-tail", "--quick", "--runs", "3", "--budget", "5ms", "--shard", "1/2", "--out", "r"}
+	const planned = 9 // of 6 cells
+	// overLink are the recorded runs that crossed the link; cut says that the last run may be torn.
+	overLink := func(cut bool) (n int) {
+		t.Helper()
+		rows, err := results.Read(out)
+		if err != nil && !(cut && errors.Is(err, results.ErrUnclosed)) {
+			t.Fatal(err)
 		}
-		pid := c.cmd.Process.Pid
-		for p := range c.processes() {
-			if i%2 == 1 && c.isInner(p) {
-				pid = p
+		for _, r := range rows {
+			if r.Metric == results.RunMetric && r.Transport == "nbd" && r.Status != results.StatusInterrupted {
+				n++
 			}
 		}
-		c.signal(pid, unix.SIGKILL)
-		<-c.done
-		c.gone()
+		return n
 	}
+	evidence := func(sweeps int, cut bool) {
+		t.Helper()
+		m, err := results.ReadManifest(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := overLink(cut); n > 0 && len(m.Calibrations) == 0 {
+			t.Errorf("%d runs are recorded over a link that has no calibration", n)
+		}
+		seen := map[string]bool{}
+		for _, c := range m.Calibrations {
+			if seen[string(c)] {
+				t.Errorf("a calibration is in the manifest twice: %.200s", c)
+			}
+			seen[string(c)] = true
+		}
+		if len(m.Calibrations) > sweeps || len(m.Links) != len(m.Calibrations) {
+			t.Errorf("after %d sweeps over one link: %d links and %d calibrations", sweeps, len(m.Links), len(m.Calibrations))
+		}
+	}
+	sweeps := 0
+	for i, sig := range []unix.Signal{unix.SIGKILL, unix.SIGINT, unix.SIGTERM, unix.SIGKILL} {
+		sweeps++
+		c := launch(t, dir, args...)
+		pid := c.find("inner")
+		if i == 0 { // the first one ends with evidence to keep
+			c.until("a run over the link is recorded", func() bool {
+				_, err := os.Stat(filepath.Join(out, results.RunsFile))
+				return err == nil && overLink(true) > 0
+			})
+		}
+		select {
+		case <-c.done:
+		case <-time.After(time.Duration(rng.IntN(700)) * time.Millisecond):
+		}
+		if sig != unix.SIGKILL || rng.IntN(2) == 0 {
+			pid = c.cmd.Process.Pid
+		}
+		c.signal(pid, sig)
+		<-c.done
+		switch code := c.cmd.ProcessState.ExitCode(); {
+		case code == 0: // all was recorded before the signal came
+		case sig != unix.SIGKILL && code != 130:
+			t.Errorf("%v: exit status %d, want 130", sig, code)
+		}
+		c.gone()
+		if _, err := os.Stat(filepath.Join(out, results.RunsFile)); err == nil {
+			evidence(sweeps, sig == unix.SIGKILL)
+		}
+	}
+	sweeps++
 	c := launch(t, dir, args...)
 	c.exit(0, 2*patience)
 	c.gone()
-	rows, err := results.Read(filepath.Join(dir, "r"))
+	evidence(sweeps, false)
+	rows, err := results.Read(out)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -436,12 +491,21 @@ func TestResume(t *testing.T) {
 			t.Errorf("run %s is %s: %s", r.RunID, r.Status, r.Error)
 		}
 	}
-	if len(closed) != 6 {
-		t.Errorf("%d runs are recorded, want 6", len(closed))
+	if len(closed) != planned {
+		t.Errorf("%d runs are recorded, want %d", len(closed), planned)
 	}
 	for id, n := range closed {
 		if n != 1 {
 			t.Errorf("run %s is recorded %d times", id, n)
+		}
+	}
+	histograms, err := results.ReadHistograms(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id := range closed {
+		if histograms[results.TouchHistogram][id] == "" {
+			t.Errorf("run %s is recorded without its histogram", id)
 		}
 	}
 }
