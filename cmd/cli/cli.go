@@ -132,7 +132,18 @@ writes tidy records and plots.`,
   memsync run throughput-rttvar-1 --quick`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          cobra.NoArgs,
+		Args: func(c *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return nil
+			}
+			var names []string
+			for _, sub := range c.Commands() {
+				if sub.IsAvailableCommand() {
+					names = append(names, sub.Name())
+				}
+			}
+			return fmt.Errorf("unknown command %q; valid: %s", args[0], strings.Join(names, ", "))
+		},
 		RunE: func(c *cobra.Command, _ []string) error {
 			c.SetOut(s.stderr)
 			_ = c.Help()

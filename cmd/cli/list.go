@@ -3,6 +3,7 @@ package cli
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -173,10 +174,18 @@ func newListCmd(s *state) *cobra.Command {
 		names = append(names, l.name)
 	}
 	c := &cobra.Command{
-		Use:       "list [" + strings.Join(names, "|") + "]",
-		Short:     "List what there is: " + strings.Join(names, ", "),
-		Example:   "  memsync list strategies\n  memsync list profiles --json",
-		Args:      cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
+		Use:     "list [" + strings.Join(names, "|") + "]",
+		Short:   "List what there is: " + strings.Join(names, ", "),
+		Example: "  memsync list strategies\n  memsync list profiles --json",
+		Args: func(_ *cobra.Command, args []string) error {
+			switch {
+			case len(args) > 1:
+				return fmt.Errorf("%d words given: want at most one of: %s", len(args), strings.Join(names, ", "))
+			case len(args) == 1 && !slices.Contains(names, args[0]):
+				return fmt.Errorf("unknown word %q; valid: %s", args[0], strings.Join(names, ", "))
+			}
+			return nil
+		},
 		ValidArgs: names,
 		RunE: func(_ *cobra.Command, args []string) error {
 			all := map[string]any{}
