@@ -11,7 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const tunPath = "/dev/net/tun"
+const (
+	tunPath = "/dev/net/tun"
+	// Its device number (the kernel's admin-guide/devices.txt).
+	tunMajor, tunMinor = 10, 200
+)
 
 // openTun makes the TUN device name in the calling thread's network namespace, with
 // virtio headers and with checksums and the segmentation of TCP (Linux 2.6.27) and UDP
@@ -29,6 +33,14 @@ func openTun(name string) (fd int, err error) {
 			unix.Close(fd)
 		}
 	}()
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err != nil {
+		return -1, fmt.Errorf("stat %s: %w", tunPath, err)
+	}
+	if st.Rdev != unix.Mkdev(tunMajor, tunMinor) {
+		return -1, fmt.Errorf("open %s: %w: it is device %d:%d (as root: rm %[1]s; mknod -m 666 %[1]s c %[5]d %[6]d, or give the container --device %[1]s)",
+			tunPath, ErrNotPermitted, unix.Major(st.Rdev), unix.Minor(st.Rdev), tunMajor, tunMinor)
+	}
 	ifr, err := unix.NewIfreq(name)
 	if err != nil {
 		return -1, fmt.Errorf("device name %q: %w", name, err)

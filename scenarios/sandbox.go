@@ -94,7 +94,7 @@ func EnterSandbox(ctx context.Context) (status int, err error) {
 	readyW.Close()
 	if err != nil {
 		return 0, fmt.Errorf("start in a sandbox (mount and PID namespaces): %w: %w; "+
-			"run as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces above 0, kernel.apparmor_restrict_unprivileged_userns=0), "+
+			"run as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces, max_mnt_namespaces and max_pid_namespaces above 0, kernel.apparmor_restrict_unprivileged_userns=0), "+
 			"or use the lab kernel (memsync lab -- COMMAND)", err, region.ErrNotPermitted)
 	}
 	go func() {

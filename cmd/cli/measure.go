@@ -215,10 +215,15 @@ func runMeasure(s *state, f *pflag.FlagSet, o *measureOptions) error {
 		}
 	}
 	scratch, err := sandbox(s)
-	if err != nil || scratch == "" {
+	var resolveErr error
+	switch {
+	case errors.Is(err, region.ErrNotPermitted): // no run can be made, which the object says
+		o.cell, resolveErr = outer.cell, err
+	case err != nil || scratch == "":
 		return err
+	default:
+		resolveErr = o.resolve(f)
 	}
-	resolveErr := o.resolve(f)
 	report := scenarios.NewReport(&o.cell, o.runs, o.seed)
 	if o.explain {
 		explain(s.stdout, &o.cell, report)
@@ -273,10 +278,13 @@ func runMeasure(s *state, f *pflag.FlagSet, o *measureOptions) error {
 // Outside it runs the same command inside and returns its exit status as an
 // error (nil for 0) and no scratch folder.
 func sandbox(s *state) (scratch string, err error) {
-	if scratch, ok := scenarios.Sandboxed(); ok {
-		return scratch, scenarios.SetUpSandbox()
+	code := 0
+	scratch, inside := scenarios.Sandboxed()
+	if inside {
+		err = scenarios.SetUpSandbox()
+	} else {
+		code, err = scenarios.EnterSandbox(s.ctx)
 	}
-	code, err := scenarios.EnterSandbox(s.ctx)
 	if errors.Is(err, region.ErrNotPermitted) {
 		return "", exitWith(exitNotPermitted, err)
 	}
@@ -290,7 +298,7 @@ func sandbox(s *state) (scratch string, err error) {
 	if code != 0 {
 		return "", &exitError{code: code}
 	}
-	return "", nil
+	return scratch, nil
 }
 
 // statuses collects how runs ended, for the exit code.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -80,13 +81,35 @@ func needNBD(t *testing.T) {
 // launch starts memsync in dir.
 func launch(t *testing.T, dir string, args ...string) *command {
 	t.Helper()
-	c := &command{t: t, dir: dir, tmp: t.TempDir(), nbd: attached(), done: make(chan struct{})}
-	c.cmd = exec.Command("/proc/self/exe", args...)
-	c.cmd.Args[0] = "memsync"
+	cmd := exec.Command("/proc/self/exe", args...)
+	cmd.Args[0] = "memsync"
+	return start(t, dir, cmd)
+}
+
+// launchIn starts memsync in a mount namespace, and with user in a user namespace, where
+// a shell script has changed something first.
+func launchIn(t *testing.T, script string, user bool, args ...string) *command {
+	t.Helper()
+	cmd := exec.Command("sh", append([]string{"-c", "set -e; " + script + `; exec memsync "$@"`, "memsync"}, args...)...) // in PATH by testscript
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: unix.CLONE_NEWNS}                                                // which keeps its mounts to itself
+	if user = user || os.Geteuid() != 0; user {
+		cmd.SysProcAttr.Cloneflags = unix.CLONE_NEWUSER
+		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Geteuid(), Size: 1}}
+		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getegid(), Size: 1}}
+	}
+	return start(t, t.TempDir(), cmd)
+}
+
+func start(t *testing.T, dir string, cmd *exec.Cmd) *command {
+	t.Helper()
+	c := &command{t: t, cmd: cmd, dir: dir, tmp: t.TempDir(), nbd: attached(), done: make(chan struct{})}
 	c.cmd.Dir = dir
 	c.cmd.Env = append(os.Environ(), "TMPDIR="+c.tmp)
 	c.cmd.Stdout, c.cmd.Stderr = &c.stdout, &c.stderr
-	c.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if c.cmd.SysProcAttr == nil {
+		c.cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	c.cmd.SysProcAttr.Setpgid = true
 	c.cmd.WaitDelay = time.Second
 	if err := c.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -99,7 +122,7 @@ func launch(t *testing.T, dir string, args ...string) *command {
 		_ = unix.Kill(-c.cmd.Process.Pid, unix.SIGKILL)
 		<-c.done
 		if t.Failed() {
-			t.Logf("memsync %s\nstdout: %.2000s\nstderr: %s", strings.Join(args, " "), c.stdout.String(), c.stderr.String())
+			t.Logf("%s\nstdout: %.2000s\nstderr: %s", strings.Join(c.cmd.Args, " "), c.stdout.String(), c.stderr.String())
 		}
 	})
 	return c
@@ -607,6 +630,75 @@ func TestInputShrinksInFault(t *testing.T) {
 			}
 			if !strings.Contains(c.stderr.String(), "shrank") {
 				t.Error("the error does not name the cause")
+			}
+			c.gone()
+		})
+	}
+}
+
+// TestMissingDevice: a device that is not there, or in whose place something else lies,
+// is told with what to do about it, by exit status and object.
+func TestMissingDevice(t *testing.T) {
+	schema := compileSchema(t)
+	for name, p := range map[string]struct {
+		hide   string // shell
+		args   []string
+		exit   int
+		status string
+		say    string
+	}{
+		"fuse": {"mount --bind /dev/null /dev/fuse", []string{"--strategy", "direct-mount", "--device", "fuse"}, 5, "failed",
+			"open /dev/fuse: it is device 1:3 .*mknod -m 666 /dev/fuse c 10 229"},
+		"tun": {"mount --bind /dev/null /dev/net/tun", []string{"--strategy", "direct-mount", "--shaper", "tun", "--rtt", "1ms"}, 5, "failed",
+			"open /dev/net/tun: .*it is device 1:3 .*mknod -m 666 /dev/net/tun c 10 200"},
+		"tun, none": {"mount -t tmpfs none /dev/net", []string{"--strategy", "direct-mount", "--shaper", "tun", "--rtt", "1ms"}, 4, "unsupported",
+			"open /dev/net/tun: .*modprobe tun.*--device /dev/net/tun"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for _, format := range [][]string{{"--json"}, nil} {
+				c := launchIn(t, p.hide, false, slices.Concat([]string{"measure", "--size", "64KiB", "--runs", "2"}, p.args, format)...)
+				c.exit(p.exit, patience)
+				if !regexp.MustCompile(p.say).MatchString(c.stderr.String()) {
+					t.Errorf("stderr does not say %q: %s", p.say, c.stderr.String())
+				}
+				if format == nil {
+					if c.stdout.String() != "" {
+						t.Errorf("stdout: %s", c.stdout.String())
+					}
+				} else if err := checkReport(schema, c.stdout.String(), "2", p.status, nil); err != nil {
+					t.Error(err)
+				} else if o, _ := jsonObject(schema, c.stdout.String()); !regexp.MustCompile(p.say).MatchString(o.Runs[1].Error) {
+					t.Errorf("the run does not say %q: %s", p.say, o.Runs[1].Error)
+				}
+				c.gone()
+			}
+		})
+	}
+}
+
+// TestRefused: where the kernel makes no sandbox, nothing is measured: exit status 5, what
+// to do, and an object whose runs all failed.
+func TestRefused(t *testing.T) {
+	schema := compileSchema(t)
+	for _, kind := range []string{"mnt", "pid"} {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			forbid := "echo 0 >/proc/sys/user/max_" + kind + "_namespaces"
+			c := launchIn(t, forbid, true, "measure", "--strategy", "direct-mount", "--size", "64KiB", "--runs", "3", "--json")
+			c.exit(5, patience)
+			const say = "start in a sandbox .*; run as root, or allow user namespaces .*max_mnt_namespaces"
+			if !regexp.MustCompile(say).MatchString(c.stderr.String()) {
+				t.Errorf("stderr does not say %q: %s", say, c.stderr.String())
+			}
+			if err := checkReport(schema, c.stdout.String(), "3", "failed", []string{"strategy=direct-mount", "region_bytes=65536"}); err != nil {
+				t.Error(err)
+			}
+			c.gone()
+			c = launchIn(t, forbid, true, "run", "gc-tail", "--quick", "--out", "r")
+			c.exit(5, patience)
+			if _, err := os.Stat(filepath.Join(c.dir, "r")); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("records were begun: %v", err)
 			}
 			c.gone()
 		})

@@ -20,7 +20,10 @@ import (
 
 const (
 	devicePath = "/dev/fuse"
-	fsType     = "fuse.memsync" // in mountinfo, so that leftovers can be told
+	// Its device number (the kernel's admin-guide/devices.txt).
+	deviceMajor, deviceMinor = 10, 229
+
+	fsType = "fuse.memsync" // in mountinfo, so that leftovers can be told
 	// What to do where mount(2) or /dev/fuse are refused.
 	remedy = "run as root with /dev/fuse present and readable, or inside `unshare --user --map-root-user --mount` where /dev/fuse is mode 0666"
 )
@@ -31,6 +34,10 @@ func openDevice() (int, error) {
 	fd, err := unix.Open(devicePath, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	switch {
 	case err == nil:
+		if err := checkDevice(fd); err != nil {
+			unix.Close(fd)
+			return -1, err
+		}
 		return fd, nil
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENXIO), errors.Is(err, unix.ENODEV):
 		return -1, fmt.Errorf("open %s: %w (kernel option CONFIG_FUSE_FS; `modprobe fuse`): %w", devicePath, err, region.ErrNotSupported)
@@ -38,6 +45,20 @@ func openDevice() (int, error) {
 		return -1, fmt.Errorf("open %s: %w (%s): %w", devicePath, err, remedy, region.ErrNotPermitted)
 	}
 	return -1, fmt.Errorf("open %s: %w", devicePath, err)
+}
+
+// checkDevice says so where something else lies in the place of the device, as in a
+// container that was given none.
+func checkDevice(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fmt.Errorf("stat %s: %w", devicePath, err)
+	}
+	if st.Rdev == unix.Mkdev(deviceMajor, deviceMinor) {
+		return nil
+	}
+	return fmt.Errorf("open %s: it is device %d:%d (as root: rm %[1]s; mknod -m 666 %[1]s c %[4]d %[5]d, or give the container --device %[1]s): %[6]w",
+		devicePath, unix.Major(st.Rdev), unix.Minor(st.Rdev), deviceMajor, deviceMinor, region.ErrNotPermitted)
 }
 
 // mountFile mounts the FUSE connection fd over the regular file at path. The
