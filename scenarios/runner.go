@@ -400,7 +400,7 @@ func (r *run) inFolder(ctx context.Context) (err error) {
 	// that the process behind it has ended: that is the cause.
 	select {
 	case <-watched.Done():
-	case <-time.After(200 * time.Millisecond):
+	case <-time.After(time.Second): // a busy machine may take a while to end a process
 	}
 	if cause := context.Cause(watched); cause != nil && !errors.Is(err, cause) {
 		err = fmt.Errorf("%w; then %w", cause, err)

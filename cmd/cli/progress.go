@@ -38,7 +38,7 @@ func (p *progress) Plan(items []scenarios.Item) {
 		p.bar = progressbar.NewOptions64(int64(p.total/time.Millisecond),
 			progressbar.OptionSetWriter(p.s.stderr), progressbar.OptionSetDescription(p.what),
 			progressbar.OptionSetPredictTime(true), progressbar.OptionSetElapsedTime(true),
-			progressbar.OptionSetWidth(30), progressbar.OptionClearOnFinish(), progressbar.OptionThrottle(100*time.Millisecond))
+			progressbar.OptionSetWidth(30), progressbar.OptionClearOnFinish()) // drawn twice a run: a throttle would hold back which one is next
 	}
 }
 

@@ -16,12 +16,40 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"memsync/cmd/cli"
+	"memsync/netem"
+	"memsync/results"
+	"memsync/scenarios"
 )
 
 // TestMain makes this binary be memsync where it is called by that name: so do
 // the scripts, and so does memsync itself (sandbox, roles).
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"memsync": main})
+	testscript.Main(m, map[string]func(){"memsync": main, "uncalibrated-figures": func() {
+		p := program()
+		p.Name, p.Figures = "uncalibrated-figures", []scenarios.Figure{uncalibrated()}
+		os.Exit(cli.Main(p))
+	}})
+}
+
+// uncalibrated is a figure whose link no shaper makes, and of one cell no machine.
+func uncalibrated() scenarios.Figure {
+	const name = "uncalibrated"
+	return scenarios.Figure{
+		Spec: results.FigureSpec{Name: name, Title: name, Kind: results.FigureLine, X: results.Axis{Column: "rtt_ms", Label: "RTT", Unit: "ms"},
+			Y: results.Axis{Column: "throughput", Label: "Throughput", Unit: "B/s"}, Keys: []string{"strategy"}},
+		Variants: []string{scenarios.Network},
+		Cells: func(string, bool) []*scenarios.Cell {
+			cell := func() *scenarios.Cell {
+				return &scenarios.Cell{Figure: name, Strategy: "direct-mount", Size: 64 << 10, Limit: scenarios.WholeRegion, Budget: time.Second,
+					Link: netem.Profile{RTT: time.Millisecond, Rate: 100e9}}
+			}
+			missing := cell()
+			missing.Device = "uffd" // which this strategy does not have
+			return []*scenarios.Cell{cell(), missing}
+		},
+	}
 }
 
 // TestScripts runs testdata/script: the real program, in folders of its own.
