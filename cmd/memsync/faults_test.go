@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -54,7 +55,10 @@ type command struct {
 	cmd    *exec.Cmd
 	dir    string // working folder
 	tmp    string
-	nbd    []string // block devices that were attached when it started
+	nbd    []string       // block devices that were attached when it started
+	nets   map[netns]bool // network namespaces that its processes were seen in, but for our own
+	seen   map[int]bool   // processes whose namespace has been looked at
+	own    string         // our network namespace
 	stdout lockedBuffer
 	stderr lockedBuffer
 	done   chan struct{}
@@ -102,7 +106,11 @@ func launchIn(t *testing.T, script string, user bool, args ...string) *command {
 
 func start(t *testing.T, dir string, cmd *exec.Cmd) *command {
 	t.Helper()
-	c := &command{t: t, cmd: cmd, dir: dir, tmp: t.TempDir(), nbd: attached(), done: make(chan struct{})}
+	c := &command{t: t, cmd: cmd, dir: dir, tmp: t.TempDir(), nbd: attached(), nets: map[netns]bool{}, seen: map[int]bool{}, done: make(chan struct{})}
+	var err error
+	if c.own, err = os.Readlink("/proc/self/ns/net"); err != nil {
+		t.Fatal(err)
+	}
 	c.cmd.Dir = dir
 	c.cmd.Env = append(os.Environ(), "TMPDIR="+c.tmp)
 	c.cmd.Stdout, c.cmd.Stderr = &c.stdout, &c.stderr
@@ -142,9 +150,29 @@ func (c *command) processes() map[int]string {
 		pid, _ := strconv.Atoi(filepath.Base(d))
 		if len(args) > 0 {
 			m[pid] = strings.TrimSuffix(strings.ReplaceAll(string(args), "\x00", " "), " ")
+			c.note(pid)
 		}
 	}
 	return m
+}
+
+// note remembers the network namespace of a process, for gone. Only root may look at
+// one; as an ordinary user, memsync has them in a user namespace of its own, too.
+func (c *command) note(pid int) {
+	if os.Geteuid() != 0 || c.seen[pid] {
+		return
+	}
+	path := fmt.Sprintf("/proc/%d/ns/net", pid)
+	link, err := os.Readlink(path)
+	if err != nil {
+		return
+	}
+	if c.seen[pid] = true; link == c.own {
+		return
+	}
+	if n, err := openNetns(path); err == nil {
+		c.nets[n] = true
+	}
 }
 
 // find waits for a process: source, daemon, workload, outer or inner.
@@ -193,6 +221,7 @@ func (c *command) until(what string, ok func() bool) {
 
 func (c *command) signal(pid int, sig unix.Signal) {
 	c.t.Helper()
+	c.processes() // a last look at their namespaces
 	if err := unix.Kill(pid, sig); err != nil && !errors.Is(err, unix.ESRCH) {
 		c.t.Fatal(err)
 	}
@@ -216,9 +245,10 @@ func (c *command) exit(want int, within time.Duration) {
 	}
 }
 
-// gone checks that the command left nothing: no process, hence none in D state and
-// no network namespace (they have no names, only processes and their descriptors
-// hold them), no mount, no block device, and after memsync clean no scratch folder.
+// gone checks that the command left nothing: no process, hence none in D state, none of
+// the network namespaces that its processes were seen in (they have no names, only
+// processes, descriptors and mounts hold them), no mount, no block device, and after
+// memsync clean no scratch folder.
 func (c *command) gone() {
 	c.t.Helper()
 	left := c.processes()
@@ -227,6 +257,13 @@ func (c *command) gone() {
 	}
 	for pid, args := range left {
 		c.t.Errorf("process %d is left: %s", pid, args)
+	}
+	held := holders(c.nets)
+	for end := time.Now().Add(patience / 2); len(held) > 0 && time.Now().Before(end); held = holders(c.nets) {
+		time.Sleep(5 * time.Millisecond)
+	}
+	for _, h := range held {
+		c.t.Errorf("network namespace is left: %s", h)
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -269,38 +306,43 @@ func measureArgs(strategy string, more ...string) []string {
 // object, and nothing left over.
 func TestInterrupt(t *testing.T) {
 	schema := compileSchema(t)
+	seed := replay.Seed(t)
 	calibrating := func(c *command) {
 		c.until("it calibrates", func() bool { return strings.Contains(c.stderr.String(), "calibrating") })
 	}
-	after := func(who string, d time.Duration) func(*command) {
-		return func(c *command) {
-			c.find(who)
-			time.Sleep(d) // any moment of the phase will do
-		}
+	// A phase, and for how long after its beginning the signal may come.
+	type phase struct {
+		begins func(*command)
+		within time.Duration
 	}
-	atOnce := func(d time.Duration) func(*command) { return func(*command) { time.Sleep(d) } }
+	atOnce := phase{func(*command) {}, 0}
+	after := func(who string, d time.Duration) phase {
+		return phase{func(c *command) { c.find(who) }, d}
+	}
 	for name, p := range map[string]struct {
 		args  []string
-		phase func(*command)
+		phase phase
 		sig   unix.Signal
 		group bool // to all processes, as a terminal does
 	}{
-		"start":       {measureArgs("direct-mount"), atOnce(0), unix.SIGINT, true},
-		"start later": {measureArgs("direct-mount"), atOnce(20 * time.Millisecond), unix.SIGTERM, false},
-		"calibration": {measureArgs("direct-mount", "--rtt", "20ms"), calibrating, unix.SIGINT, true},
+		"start":                {measureArgs("direct-mount"), atOnce, unix.SIGINT, true},
+		"start later":          {measureArgs("direct-mount"), phase{func(*command) {}, 100 * time.Millisecond}, unix.SIGTERM, false},
+		"calibration":          {measureArgs("direct-mount", "--rtt", "20ms"), phase{calibrating, 500 * time.Millisecond}, unix.SIGINT, true},
+		"calibration, SIGTERM": {measureArgs("userfaultfd", "--shaper", "tun", "--rtt", "20ms", "--rate", "1gbit"), phase{calibrating, 500 * time.Millisecond}, unix.SIGTERM, false},
 		"mount": {measureArgs("managed-mount", "--transport", "local", "--shaper", "sleep", "--rtt", "10s", "--set", "pull_first=1MiB"),
-			after("workload", 300*time.Millisecond), unix.SIGTERM, false},
-		"measuring, direct":  {measureArgs("direct-mount", "--transport", "local"), after("workload", 600*time.Millisecond), unix.SIGINT, true},
-		"measuring, managed": {measureArgs("managed-mount", "--transport", "local", "--op", "write"), after("workload", 600*time.Millisecond), unix.SIGTERM, false},
-		"measuring, faults":  {measureArgs("userfaultfd", "--transport", "local"), after("workload", 600*time.Millisecond), unix.SIGHUP, false},
-		"in a fault":         {measureArgs("userfaultfd", "--transport", "local", "--shaper", "sleep", "--rtt", "10s"), after("workload", 600*time.Millisecond), unix.SIGINT, false},
-		"in a fault, fuse":   {measureArgs("direct-mount", "--transport", "local", "--shaper", "sleep", "--rtt", "10s"), after("workload", 600*time.Millisecond), unix.SIGINT, true},
+			after("workload", 500*time.Millisecond), unix.SIGTERM, false},
+		"measuring, direct":          {measureArgs("direct-mount", "--transport", "local"), after("workload", time.Second), unix.SIGINT, true},
+		"measuring, managed":         {measureArgs("managed-mount", "--transport", "local", "--op", "write"), after("workload", time.Second), unix.SIGTERM, false},
+		"measuring, faults":          {measureArgs("userfaultfd", "--transport", "local"), after("workload", time.Second), unix.SIGHUP, false},
+		"measuring, faults over tun": {measureArgs("userfaultfd", "--shaper", "tun", "--rtt", "20ms"), after("workload", time.Second), unix.SIGINT, true},
+		"in a fault":                 {measureArgs("userfaultfd", "--transport", "local", "--shaper", "sleep", "--rtt", "10s"), after("workload", time.Second), unix.SIGINT, false},
+		"in a fault, fuse":           {measureArgs("direct-mount", "--transport", "local", "--shaper", "sleep", "--rtt", "10s"), after("workload", time.Second), unix.SIGINT, true},
 		"mount, nbd": {measureArgs("managed-mount", "--device", "nbd", "--transport", "local", "--shaper", "sleep", "--rtt", "10s", "--set", "pull_first=1MiB"),
-			after("workload", 300*time.Millisecond), unix.SIGTERM, false},
-		"measuring, nbd, direct":     {measureArgs("direct-mount", "--device", "nbd", "--rtt", "2ms"), after("workload", 600*time.Millisecond), unix.SIGINT, true},
-		"measuring, nbd, managed":    {measureArgs("managed-mount", "--device", "nbd", "--op", "write"), after("workload", 600*time.Millisecond), unix.SIGTERM, false},
-		"measuring, nbd, nbd-direct": {measureArgs("nbd-direct", "--op", "write", "--rtt", "2ms"), after("workload", 600*time.Millisecond), unix.SIGHUP, true},
-		"in a fault, nbd":            {measureArgs("direct-mount", "--device", "nbd", "--transport", "local", "--shaper", "sleep", "--rtt", "10s"), after("workload", 600*time.Millisecond), unix.SIGINT, true},
+			after("workload", 500*time.Millisecond), unix.SIGTERM, false},
+		"measuring, nbd, direct":     {measureArgs("direct-mount", "--device", "nbd", "--rtt", "2ms"), after("workload", time.Second), unix.SIGINT, true},
+		"measuring, nbd, managed":    {measureArgs("managed-mount", "--device", "nbd", "--op", "write"), after("workload", time.Second), unix.SIGTERM, false},
+		"measuring, nbd, nbd-direct": {measureArgs("nbd-direct", "--op", "write", "--rtt", "2ms"), after("workload", time.Second), unix.SIGHUP, true},
+		"in a fault, nbd":            {measureArgs("direct-mount", "--device", "nbd", "--transport", "local", "--shaper", "sleep", "--rtt", "10s"), after("workload", time.Second), unix.SIGINT, true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if strings.Contains(name, "nbd") {
@@ -308,7 +350,10 @@ func TestInterrupt(t *testing.T) {
 			}
 			t.Parallel()
 			c := launch(t, t.TempDir(), p.args...)
-			p.phase(c)
+			p.phase.begins(c)
+			h := fnv.New64a()
+			h.Write([]byte(name))
+			time.Sleep(time.Duration(rand.New(rand.NewPCG(seed, h.Sum64())).Int64N(int64(p.phase.within) + 1))) // any moment of the phase will do
 			pid := c.cmd.Process.Pid
 			if p.group {
 				pid = -pid
@@ -334,7 +379,7 @@ func TestInterrupt(t *testing.T) {
 // short to be aimed at, so signals come at random moments of many short runs.
 func TestInterruptAnywhere(t *testing.T) {
 	schema := compileSchema(t)
-	rng := rand.New(rand.NewPCG(1, 1))
+	rng := rand.New(rand.NewPCG(replay.Seed(t), 1))
 	for i, strategy := range []string{"memory", "direct-mount", "managed-mount", "userfaultfd", "nbd-direct"} {
 		wait := time.Duration(300+rng.IntN(500)) * time.Millisecond
 		t.Run(strategy, func(t *testing.T) {
@@ -372,7 +417,7 @@ func TestInterruptAnywhere(t *testing.T) {
 // deadline; nothing is left and nothing counts as measured.
 func TestKill(t *testing.T) {
 	schema := compileSchema(t)
-	rng := rand.New(rand.NewPCG(2, 2))
+	rng := rand.New(rand.NewPCG(replay.Seed(t), 2))
 	for _, name := range []string{"userfaultfd", "direct-mount", "managed-mount", "direct-mount, nbd", "managed-mount, nbd", "nbd-direct"} {
 		strategy, device, _ := strings.Cut(name, ", ")
 		for _, victim := range []string{"source", "daemon", "workload", "inner", "outer"} {
@@ -394,6 +439,9 @@ func TestKill(t *testing.T) {
 					time.Sleep(300 * time.Millisecond)
 				}
 				c.signal(pid, unix.SIGKILL)
+				if os.Geteuid() == 0 && len(c.nets) < 2 { // the source's and the destination's
+					t.Errorf("its processes were seen in %d network namespaces of their own", len(c.nets))
+				}
 				switch victim {
 				case "outer":
 					c.exit(-1, patience)
