@@ -16,6 +16,7 @@ import (
 	"memsync/plots"
 	"memsync/results"
 	"memsync/scenarios"
+	"memsync/scenarios/lab"
 	"memsync/strategies/probe"
 )
 
@@ -148,6 +149,9 @@ func runRun(s *state, o *runOptions) error {
 		return err
 	}
 	defer w.Close()
+	if lab.Lost(o.out) {
+		fmt.Fprintf(s.stderr, "memsync: warning: %s is in the lab's own memory and goes when the lab ends: name a folder that is not below /dev/shm, /run or $TMPDIR\n", o.out)
+	}
 
 	r := &scenarios.Runner{Scratch: scratch, Seed: seed}
 	defer r.Close()

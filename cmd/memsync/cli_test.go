@@ -21,6 +21,7 @@ import (
 	"memsync/netem"
 	"memsync/results"
 	"memsync/scenarios"
+	"memsync/scenarios/lab"
 )
 
 // TestMain makes this binary be memsync where it is called by that name: so do
@@ -66,10 +67,24 @@ func uncalibrated() scenarios.Figure {
 //	                            what it should be, as on a machine that is busy otherwise
 //	lines N FILE                the file has N lines
 //	awaits FILE                 until the file is there
+//
+// The condition lab is true unless LAB=0, or where this is the lab already.
 func TestScripts(t *testing.T) {
 	schema := compileSchema(t)
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
+		Setup: func(e *testscript.Env) error { // the lab kernel's cache
+			if cache, err := lab.CacheDir(os.Getenv); err == nil {
+				e.Setenv("MEMSYNC_LAB_CACHE", cache)
+			}
+			return nil
+		},
+		Condition: func(c string) (bool, error) {
+			if c == "lab" {
+				return os.Getenv("LAB") != "0" && os.Getenv("MEMSYNC_LAB") != "1", nil
+			}
+			return false, fmt.Errorf("unknown condition %q", c)
+		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits": func(ts *testscript.TestScript, _ bool, args []string) {
 				want, err := strconv.Atoi(args[0])

@@ -34,7 +34,7 @@ type Manifest struct {
 	Release  string            `json:"release"` // as uname -r says in the guest
 	Archive  string            `json:"archive"`
 	Suite    string            `json:"suite"`
-	Pinned   bool              `json:"pinned"` // exactly the packages that this project was tested with
+	Pinned   bool              `json:"pinned"` // exactly the packages that this project was tested with; Find asks anew
 	Fetched  time.Time         `json:"fetched"`
 	Packages []Package         `json:"packages"`
 	Files    map[string]string `json:"files"` // SHA-256 of each file that runs on the host, by path in the cache
@@ -112,6 +112,7 @@ func Find(cache string) (*Kernel, error) {
 			return nil, fmt.Errorf("%s: SHA-256 %s, recorded %s: %w; mend it with memsync lab --refresh", filepath.Join(dir, name), sum, k.Files[name], region.ErrMismatch)
 		}
 	}
+	k.Pinned = pinned(k.Packages) // the pins may be others than those of the program that fetched it
 	return k, nil
 }
 

@@ -31,6 +31,16 @@ func pins() []Package {
 	}
 }
 
+// pinned reports whether packages are the pins, all and no others.
+func pinned(packages []Package) bool {
+	for _, p := range pins() {
+		if !slices.Contains(packages, p) {
+			return false
+		}
+	}
+	return len(packages) == len(pins())
+}
+
 // Fetch fills the cache folder (anew) from the Debian archive that the machine's
 // apt uses, suite sid, and returns the kernel. Nothing is installed and apt's
 // own state is left alone. apt verifies the archive's signature; what it gave is
@@ -95,11 +105,11 @@ func fetch(ctx context.Context, cache string, words io.Writer) (*Kernel, error) 
 	if err := a.run(ctx, "update"); err != nil {
 		return nil, err
 	}
-	packages, pinned, err := a.download(ctx, words)
+	packages, err := a.download(ctx, words)
 	if err != nil {
 		return nil, err
 	}
-	m := Manifest{Layout: layout, Archive: a.uri, Suite: a.suite, Pinned: pinned, Fetched: time.Now().UTC().Truncate(time.Second), Packages: packages}
+	m := Manifest{Layout: layout, Archive: a.uri, Suite: a.suite, Pinned: pinned(packages), Fetched: time.Now().UTC().Truncate(time.Second), Packages: packages}
 	built := filepath.Join(work, "built")
 	if err := assemble(ctx, work, built, &m); err != nil {
 		return nil, err
@@ -224,7 +234,7 @@ func (a *apt) run(ctx context.Context, args ...string) error {
 }
 
 // download gets the pinned packages, or else the archive's newest.
-func (a *apt) download(ctx context.Context, words io.Writer) (got []Package, pinned bool, err error) {
+func (a *apt) download(ctx context.Context, words io.Writer) (got []Package, err error) {
 	var exact, newest []string
 	for _, p := range pins() {
 		exact = append(exact, p.Name+"="+p.Version)
@@ -236,36 +246,34 @@ func (a *apt) download(ctx context.Context, words io.Writer) (got []Package, pin
 		err = a.run(ctx, append([]string{"download"}, newest...)...)
 	}
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	debs, err := filepath.Glob(filepath.Join(a.dir, "*.deb"))
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
-	pinned = true
 	for _, deb := range debs {
 		out, err := exec.CommandContext(ctx, "dpkg-deb", "-W", "--showformat=${Package} ${Version}", deb).Output()
 		name, version, ok := strings.Cut(string(out), " ")
 		if err != nil || !ok {
-			return nil, false, fmt.Errorf("read %s: %w", filepath.Base(deb), err)
+			return nil, fmt.Errorf("read %s: %w", filepath.Base(deb), err)
 		}
 		sum, size, err := hashFile(deb)
 		if err != nil {
-			return nil, false, err
+			return nil, err
 		}
 		p := Package{name, version, sum, size}
 		for _, want := range pins() {
 			if want.Name == name && want.Version == version && want != p {
-				return nil, false, fmt.Errorf("%s %s: SHA-256 %s of %d bytes, want %s of %d: %w", name, version, sum, size, want.SHA256, want.Size, region.ErrMismatch)
+				return nil, fmt.Errorf("%s %s: SHA-256 %s of %d bytes, want %s of %d: %w", name, version, sum, size, want.SHA256, want.Size, region.ErrMismatch)
 			}
 		}
-		pinned = pinned && slices.Contains(pins(), p)
 		got = append(got, p)
 	}
 	if len(got) != len(pins()) {
-		return nil, false, fmt.Errorf("apt-get download left %d packages, want %d", len(got), len(pins()))
+		return nil, fmt.Errorf("apt-get download left %d packages, want %d", len(got), len(pins()))
 	}
-	return got, pinned, nil
+	return got, nil
 }
 
 // assemble unpacks the packages and puts a kernel together in the folder built.

@@ -423,6 +423,14 @@ func visible(path string) error {
 	return nil
 }
 
+// Lost tells, in the lab kernel, whether what is written at path goes when the
+// lab ends: it is not on the host's file system.
+func Lost(path string) bool {
+	const hostfs = 0x00c0ffee // fs/hostfs/hostfs_kern.c
+	var st unix.Statfs_t
+	return os.Getenv("MEMSYNC_LAB") == "1" && unix.Statfs(path, &st) == nil && st.Type != hostfs
+}
+
 // pin keeps the calling thread, and what it starts, on one CPU.
 func pin(cpu string) error {
 	n, err := strconv.Atoi(cpu)

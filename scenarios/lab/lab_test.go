@@ -3,6 +3,7 @@ package lab
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -349,6 +350,30 @@ func TestCacheMovesAndIsChecked(t *testing.T) {
 	if err := k.Verify(); err != nil {
 		t.Error(err)
 	}
+	if m.Pinned != pinned(k.Packages) {
+		t.Errorf("pinned: %t", m.Pinned)
+	}
+	// A cache that another memsync filled says what this one's pins make of it.
+	path := filepath.Join(moved, "manifest.json")
+	for _, recorded := range []bool{true, false} {
+		other := m.Manifest
+		other.Pinned = recorded
+		if recorded {
+			other.Packages = []Package{{"user-mode-linux", "9.9um1", strings.Repeat("0", 64), 1}}
+		} else {
+			other.Packages = pins()
+		}
+		b, err := json.Marshal(other)
+		if err == nil {
+			err = os.WriteFile(path, b, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := Find(filepath.Dir(moved)); err != nil || got.Pinned == recorded {
+			t.Errorf("packages %v recorded as pinned %t: %v, %v", other.Packages, recorded, got, err)
+		}
+	}
 	f, err := os.OpenFile(moved+"/linux", os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -403,6 +428,49 @@ func TestFetchFails(t *testing.T) {
 	}
 	if e, _ := filepath.Glob(cache + "/.fetch*"); len(e) != 0 {
 		t.Errorf("left behind: %v", e)
+	}
+}
+
+// TestDownload: a package that is not what its pin says is refused; where the archive
+// does not have the pins any more, its newest are taken, and are not called pinned.
+func TestDownload(t *testing.T) {
+	tools := t.TempDir()
+	t.Setenv("PATH", tools)
+	for name, script := range map[string]string{
+		// Its packages are files of one line: name and version.
+		"apt-get": `for last; do :; done
+			case "$*" in
+			*=*) test -n "$PINS" || exit 100
+				echo user-mode-linux 7.2um1 >uml.deb; echo libc6 2.43-7 >libc.deb ;;
+			*) echo user-mode-linux 9.9um1 >uml.deb; echo libc6 9.9 >libc.deb; test -n "$MISSING" || exit 0
+				: >libc.deb ;;
+			esac`,
+		"dpkg-deb": `for last; do :; done; read -r line <"$last" && printf %s "$line"`,
+	} {
+		if err := os.WriteFile(filepath.Join(tools, name), []byte("#!/bin/sh\n"+script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	download := func() ([]Package, string, error) {
+		var words bytes.Buffer
+		a := &apt{dir: t.TempDir(), conf: "none", uri: "http://192.0.2.1/debian", suite: "sid"}
+		got, err := a.download(t.Context(), &words)
+		return got, words.String(), err
+	}
+	got, words, err := download()
+	if err != nil || len(got) != 2 || got[1].Version != "9.9um1" || pinned(got) || !strings.Contains(words, "not tested with") {
+		t.Errorf("without the pins: %v, %v, %q", got, err, words)
+	}
+	t.Setenv("MISSING", "1")
+	if got, _, err := download(); err == nil {
+		t.Errorf("an unreadable package: %v", got)
+	}
+	t.Setenv("PINS", "1")
+	if got, _, err := download(); !errors.Is(err, region.ErrMismatch) || !strings.Contains(err.Error(), "want "+pins()[1].SHA256) {
+		t.Errorf("the pinned version with another content: %v, %v", got, err)
+	}
+	if !pinned(pins()) || pinned(pins()[:1]) || pinned(append(pins(), Package{Name: "more"})) || pinned([]Package{pins()[0], {Name: "libc6"}}) {
+		t.Error("pinned: other than all pins")
 	}
 }
 
