@@ -63,7 +63,7 @@ func uncalibrated() scenarios.Figure {
 //	                            each cell.KEY is VALUE
 //	metric NAME LOW HIGH        stdout is such an object; in every run the metric lies between;
 //	                            "! metric NAME": no run has it
-//	calibrated COMMAND...       run it; up to twice more where it says that the link was not
+//	calibrated COMMAND...       run it; up to five times more where it says that the link was not
 //	                            what it should be, as on a machine that is busy otherwise
 //	lines N FILE                the file has N lines
 //	awaits FILE                 until the file is there
@@ -106,7 +106,7 @@ func TestScripts(t *testing.T) {
 			},
 			"calibrated": func(ts *testscript.TestScript, _ bool, args []string) {
 				var err error
-				for range 3 {
+				for range 6 {
 					var exit *exec.ExitError
 					if err = ts.Exec(args[0], args[1:]...); !errors.As(err, &exit) || exit.ExitCode() != 5 {
 						break

@@ -150,3 +150,29 @@ func TestBrowser(t *testing.T) {
 		t.Error("a drawing has a place that is no number")
 	}
 }
+
+// TestMapOfCutRuns: who did not finish every run cannot be soonest to finish.
+func TestMapOfCutRuns(t *testing.T) {
+	var rows []results.Row
+	for _, s := range []struct {
+		name     string
+		finished int // of 6 runs
+		took     float64
+	}{{"whole", 6, 2}, {"cut", 5, 1}, {"never", 0, 0}} {
+		for run := range 6 {
+			row := results.Row{RunID: fmt.Sprint(s.name, run), Figure: mapFigure, Strategy: s.name, RTTms: 20, RateMbit: 100, RegionBytes: 1 << 20,
+				Metric: results.RunMetric, Value: results.Num(1), Status: results.StatusOK}
+			rows = append(rows, row)
+			if row.Metric, row.Value = "time_to_last_byte", results.Num(s.took); run < s.finished {
+				rows = append(rows, row)
+			}
+		}
+	}
+	d, ok := newMap(rows, "time_to_last_byte", "t")
+	if !ok || len(d.Lines) != 1 || len(d.Lines[0].Cells) != 1 || strings.Join(d.Lines[0].Cells[0].Best, " ") != "whole" {
+		t.Errorf("%t, %+v", ok, d)
+	}
+	if _, ok := newMap(rows[len(rows)-6:], "time_to_last_byte", "t"); ok {
+		t.Error("a map of nothing")
+	}
+}
