@@ -59,7 +59,11 @@ func peak(pid string) int64 {
 // Soft-dirty bits stay.
 func forgetPeak(context.Context, none) (none, error) {
 	for _, pid := range append(descendants("self"), "self") {
-		err := os.WriteFile("/proc/"+pid+"/clear_refs", []byte("5"), 0)
+		f, err := os.OpenFile("/proc/"+pid+"/clear_refs", os.O_WRONLY, 0)
+		if err == nil {
+			_, err = f.WriteString("5")
+			err = errors.Join(err, f.Close())
+		}
 		if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ESRCH) {
 			return none{}, fmt.Errorf("forget the peak of resident memory: %w", err)
 		}
