@@ -107,6 +107,30 @@ func TestCalibrate(t *testing.T) {
 			})
 		}
 	}
+	// The named ones, as `measure --profile` sets them.
+	for _, p := range Profiles() {
+		for _, s := range shaping() {
+			t.Run(fmt.Sprintf("%s/%s", s, p.Name), func(t *testing.T) {
+				if p.RTT >= 40*time.Millisecond && !inLab() {
+					t.Parallel() // they wait most of the time, and may be off by 2 ms or more
+				}
+				l := open(t, s, p, Options{Seed: seed(t)})
+				steady(t, func() error {
+					c, err := l.Calibrate(t.Context())
+					if err != nil {
+						t.Fatal(err)
+					}
+					if !c.Accepted {
+						return fmt.Errorf("not accepted: %v", c.Reasons)
+					}
+					if (len(c.Rates) == 2) != (p.Rate > 0) {
+						return fmt.Errorf("%d rates were measured", len(c.Rates))
+					}
+					return nil
+				})
+			})
+		}
+	}
 	t.Run("none", func(t *testing.T) {
 		l := open(t, ShaperNone, Profile{}, Options{})
 		steady(t, func() error {
