@@ -39,6 +39,11 @@ type Factory struct {
 	// NoWorkers turns background pulls and pushes off; else the strategy's defaults count.
 	NoWorkers bool
 	Chunk     int64 // bytes; 0 is the strategy's default
+	// Block is what the Settings make one demand pull cover, in bytes: it comes or fails as
+	// a whole. 0 is the chunk.
+	Block int64
+	// Eager says that the Settings pull all of the region at once, whether it is read or not.
+	Eager bool
 }
 
 const (
