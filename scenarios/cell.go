@@ -122,7 +122,12 @@ func (c *Cell) Resolve() error {
 		}
 	}
 	local := info.Can(strategies.LocalOnly)
-	if def(&c.Transport, "nbd"); local {
+	switch {
+	case !local:
+		def(&c.Transport, "nbd")
+	case !slices.Contains([]string{"", "auto", "local"}, c.Transport):
+		return usage("strategy %s has no source, so no transport %q; valid: local", c.Strategy, c.Transport)
+	default:
 		c.Transport = "local"
 	}
 	_, program := st.(strategies.Listener)

@@ -170,6 +170,12 @@ func (o *measureOptions) resolve(f *pflag.FlagSet) error {
 			set()
 		}
 	}
+	if !f.Changed("transport") {
+		c.Transport = "" // nbd, or what a strategy that has no source has
+	}
+	if o.queue != 0 && c.Link.Rate == 0 {
+		return exitWith(exitUsage, fmt.Errorf("--queue %s: the link has no rate, and so no bottleneck: add --rate", region.FormatSize(o.queue)))
+	}
 	c.Shaper = netem.Shaper(o.shaper)
 	if c.Input != "" && !f.Changed("size") {
 		c.Size = 0
