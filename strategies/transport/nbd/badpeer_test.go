@@ -5,7 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-
+	"hash/crc32"
 	"math"
 	"net"
 	"os"
@@ -140,24 +140,26 @@ func TestServerHandshakeFields(t *testing.T) {
 		"option without fixed flag":   {appendOption(make([]byte, 4), optList, nil), 0, "fixed newstyle"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := newScript(c.in)
-			err := (&Transport{}).Serve(testContext(t), s, transport.One{Name: "r", Store: store})
-			if c.err == "" && err != nil || c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err)) {
-				t.Errorf("Serve: %v, want %q", err, c.err)
-			}
-			l := newLink(newScript(s.out.Bytes()[18:]))
-			last := uint32(0)
-			for l.need(optReplySize, 0) == nil {
-				h := l.buffered()
-				last = be.Uint32(h[12:])
-				n := be.Uint32(h[16:])
-				l.consume(optReplySize)
-				if err := l.skip(uint64(n), 0); err != nil {
-					t.Fatal(err)
+			for _, kind := range kinds {
+				s := play(t, kind, c.in)
+				err := (&Transport{}).Serve(testContext(t), s.conn, transport.One{Name: "r", Store: store})
+				if c.err == "" && err != nil || c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err)) {
+					t.Errorf("%s: Serve: %v, want %q", kind, err, c.err)
 				}
-			}
-			if last != c.reply {
-				t.Errorf("last reply 0x%x, want 0x%x", last, c.reply)
+				l := newLink(newScript(s.heard()[18:]))
+				last := uint32(0)
+				for l.need(optReplySize, 0) == nil {
+					h := l.buffered()
+					last = be.Uint32(h[12:])
+					n := be.Uint32(h[16:])
+					l.consume(optReplySize)
+					if err := l.skip(uint64(n), 0); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if last != c.reply {
+					t.Errorf("%s: last reply 0x%x, want 0x%x", kind, last, c.reply)
+				}
 			}
 		})
 	}
@@ -212,23 +214,25 @@ func TestServerRequestFields(t *testing.T) {
 		"disconnect":                 {all, request{cmd: cmdDisc}, 0, 0, "-"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for _, style := range c.styles {
+			for i := range len(c.styles) * len(kinds) {
+				style, kind := c.styles[i/len(kinds)], kinds[i%len(kinds)]
 				c.req.cookie = 0x1234567890
 				in := append(c.req.append(hello(style), style == extended), make([]byte, c.data)...)
 				if c.err == "" { // the others are still served: a good read follows
 					in = request{cmd: cmdRead, cookie: 42, off: 7, length: 9}.append(in, style == extended)
+					in = request{cmd: cmdDisc}.append(in, style == extended) // all is answered first
 				}
-				s := newScript(in)
-				err := (&Transport{}).Serve(testContext(t), s, e)
+				s := play(t, kind, in)
+				err := (&Transport{}).Serve(testContext(t), s.conn, e)
 				if strings.Trim(c.err, "-") == "" && err != nil || strings.Trim(c.err, "-") != "" && (err == nil || !strings.Contains(err.Error(), c.err)) {
-					t.Errorf("style %d: Serve: %v, want %q", style, err, c.err)
+					t.Errorf("%s, style %d: Serve: %v, want %q", kind, style, err, c.err)
 				}
-				out := s.out.Bytes()[afterHello(t, style, e):]
+				out := s.heard()[afterHello(t, style, e):]
 				got := map[uint64]Errno{}
 				for len(out) > 0 {
 					r, n, err := parseReply(out, style)
 					if err != nil || n == 0 {
-						t.Fatalf("style %d: reply %x: %v", style, out, err)
+						t.Fatalf("%s, style %d: reply %x: %v", kind, style, out, err)
 					}
 					out = out[n:]
 					no := Errno(r.errno)
@@ -242,7 +246,7 @@ func TestServerRequestFields(t *testing.T) {
 						no = Errno(be.Uint32(out))
 					}
 					if _, ok := got[r.cookie]; ok {
-						t.Errorf("style %d: two replies to %d", style, r.cookie)
+						t.Errorf("%s, style %d: two replies to %d", kind, style, r.cookie)
 					}
 					got[r.cookie] = no
 					out = out[length:]
@@ -252,7 +256,7 @@ func TestServerRequestFields(t *testing.T) {
 					want = map[uint64]Errno{}
 				}
 				if fmt.Sprint(got) != fmt.Sprint(want) {
-					t.Errorf("style %d: replies %v, want %v", style, got, want)
+					t.Errorf("%s, style %d: replies %v, want %v", kind, style, got, want)
 				}
 			}
 		})
@@ -319,12 +323,14 @@ func TestClientHandshakeFields(t *testing.T) {
 		"option reply of 64 KiB and 1": {change(srOff+16, 0, 1, 0, 1), ErrProtocol},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s, err := (&Transport{}).Open(testContext(t), dialScripts(c.in), transport.Options{Connections: 1})
-			if !errors.Is(err, c.want) {
-				t.Errorf("got %v, want %v", err, c.want)
-			}
-			if err == nil {
-				s.Close()
+			for _, kind := range kinds {
+				s, err := (&Transport{}).Open(testContext(t), dialPlayed(t, kind, c.in), transport.Options{Connections: 1})
+				if !errors.Is(err, c.want) {
+					t.Errorf("%s: got %v, want %v", kind, err, c.want)
+				}
+				if err == nil {
+					s.Close()
+				}
 			}
 		})
 	}
@@ -391,6 +397,11 @@ func TestClientReplyFields(t *testing.T) {
 		"data beyond the range":      {structured, read, chunk(structured, true, chunkOffsetData, u64(1001), data), ErrProtocol},
 		"data at 2^64-1":             {structured, read, chunk(structured, true, chunkOffsetData, u64(math.MaxUint64), data[:5]), ErrProtocol},
 		"data longer than asked":     {structured, read, chunk(structured, true, chunkOffsetData, u64(1000), data, data), ErrProtocol},
+		"data of 32 MiB":             {structured, read, raw(reply{flags: 1, typ: chunkOffsetData, cookie: 1, length: 32 << 20}, structured, u64(1000)...), ErrProtocol},
+		"hole of 32 MiB":             {structured, read, chunk(structured, true, chunkOffsetHole, u64(1000), u32(32<<20)), ErrProtocol},
+		"none of 32 MiB":             {structured, flush, raw(reply{flags: 1, typ: chunkNone, cookie: 1, length: 32 << 20}, structured), ErrProtocol},
+		"error of 32 MiB":            {structured, read, raw(reply{flags: 1, typ: chunkError, cookie: 1, length: 32 << 20}, structured), ErrProtocol},
+		"status of 32 MiB":           {structured, status, raw(reply{flags: 1, typ: chunkBlockStatus, cookie: 1, length: 32<<20 + 4}, structured), ErrProtocol},
 		"data of 2^32-1":             {structured, read, raw(reply{flags: 1, typ: chunkOffsetData, cookie: 1, length: math.MaxUint32}, structured, u64(1000)...), ErrProtocol},
 		"data of 2^64-1":             {extended, read, raw(reply{flags: 1, typ: chunkOffsetData, cookie: 1, off: 1000, length: math.MaxUint64}, extended, u64(1000)...), ErrProtocol},
 		"data twice":                 {structured, read, slices.Concat(chunk(structured, false, chunkOffsetData, u64(1000), data[:50]), chunk(structured, true, chunkOffsetData, u64(1049), data[:50])), ErrProtocol},
@@ -420,13 +431,18 @@ func TestClientReplyFields(t *testing.T) {
 		"cut in the data":            {structured, read, chunk(structured, true, chunkOffsetData, u64(1000), data)[:77], region.ErrPeerGone},
 	} {
 		t.Run(name, func(t *testing.T) {
-			cl := open(t, &Transport{}, dialScripts(append(greeting(t, c.style), c.in...)), transport.Options{Connections: 1})
-			err := c.do(cl)
-			if !errors.Is(err, c.want) || c.want == nil && err != nil {
-				t.Errorf("got %v, want %v", err, c.want)
-			}
-			if errors.Is(c.want, ErrProtocol) && !errors.Is(err, region.ErrPeerGone) {
-				t.Errorf("%v does not say that the connection is lost", err)
+			for _, kind := range kinds {
+				cl := open(t, &Transport{}, dialPlayed(t, kind, append(greeting(t, c.style), c.in...)), transport.Options{Connections: 1})
+				var err error
+				if n := grown(func() { err = c.do(cl) }); n > 8<<20 {
+					t.Errorf("%s: heap grew by %d KiB", kind, n>>10)
+				}
+				if !errors.Is(err, c.want) || c.want == nil && err != nil {
+					t.Errorf("%s: got %v, want %v", kind, err, c.want)
+				}
+				if errors.Is(c.want, ErrProtocol) && !errors.Is(err, region.ErrPeerGone) {
+					t.Errorf("%s: %v does not say that the connection is lost", kind, err)
+				}
 			}
 		})
 	}
@@ -453,22 +469,62 @@ func wholeSession(t testing.TB, style replyStyle) (client, server []byte, e expo
 	return client, s.out.Bytes(), e
 }
 
-// A connection that is cut after any byte ends the session, and only that.
+// messageEnds are the places in a client's session at which it may end in peace:
+// before it has said anything, and behind each whole message.
+func messageEnds(client []byte, style replyStyle) map[int]bool {
+	ends, at := map[int]bool{0: true, 4: true}, 4
+	for start := len(hello(style)); at < start; {
+		at += optionSize + int(be.Uint32(client[at+12:]))
+		ends[at] = true
+	}
+	for at < len(client) {
+		write := command(be.Uint16(client[at+6:])) == cmdWrite
+		if at += requestLen(style == extended); write {
+			at += 300
+		}
+		ends[at] = true
+	}
+	return ends
+}
+
+// A connection that is cut after any byte ends that session, with an error unless
+// it was between two messages, and no other one.
 func TestCutAtEveryByte(t *testing.T) {
 	for _, style := range []replyStyle{simple, structured, extended} {
 		client, _, e := wholeSession(t, style)
-		start := len(hello(style))
-		for n := range client {
-			done := make(chan error, 1)
-			go func() { done <- (&Transport{}).Serve(context.Background(), newScript(client[:n]), e) }()
-			select {
-			case err := <-done:
-				// Only between two messages is it no error.
-				if n < 4 && n > 0 && err == nil || n > start && n < start+requestLen(style == extended)+300 && err == nil {
-					t.Errorf("style %d cut at %d: no error", style, n)
+		ends := messageEnds(client, style)
+		if len(ends) < 8 || !ends[len(client)] {
+			t.Fatalf("style %d: messages end at %v of %d", style, ends, len(client))
+		}
+		// On the same server, beside all that, one client is served all the time.
+		s := serve(t, &Transport{}, e)
+		living := open(t, &Transport{}, s, transport.Options{})
+		for n := range len(client) + 1 {
+			for _, kind := range kinds {
+				var err error
+				if kind != "tcp" {
+					err = (&Transport{}).Serve(testContext(t), play(t, kind, client[:n]).conn, e)
+				} else {
+					nc, dialErr := s.Dial(testContext(t))
+					if dialErr != nil {
+						t.Fatal(dialErr)
+					}
+					_, writeErr := nc.Write(client[:n])
+					if err := errors.Join(writeErr, nc.(*net.TCPConn).CloseWrite()); err != nil {
+						t.Fatal(err)
+					}
+					err = s.await()
+					nc.Close()
 				}
-			case <-time.After(10 * time.Second):
-				t.Fatalf("style %d cut at %d: server hangs", style, n)
+				if (err == nil) != ends[n] {
+					t.Errorf("style %d, %s, cut at %d: %v", style, kind, n, err)
+				}
+				if err != nil && !errors.Is(err, region.ErrPeerGone) {
+					t.Errorf("style %d, %s, cut at %d: %v, want ErrPeerGone", style, kind, n, err)
+				}
+			}
+			if err := living.ReadAt(testContext(t), make([]byte, 100), hole-50); err != nil {
+				t.Fatalf("style %d: another client, after a cut at %d: %v", style, n, err)
 			}
 		}
 		g := greeting(t, style)
@@ -477,18 +533,23 @@ func TestCutAtEveryByte(t *testing.T) {
 			full = append(slices.Clone(g), reply{flags: 1, cookie: 1}.append(nil, extended)...)
 		}
 		for n := range full {
-			ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-			c, err := (&Transport{}).Open(ctx, dialScripts(full[:n]), transport.Options{Connections: 1})
-			if err == nil {
-				err = c.Flush(ctx)
-				c.Close()
-			} else if n >= len(g) {
-				t.Errorf("style %d cut at %d: %v", style, n, err)
+			for _, kind := range kinds {
+				ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+				c, err := (&Transport{}).Open(ctx, dialPlayed(t, kind, full[:n]), transport.Options{Connections: 1})
+				if err == nil {
+					if n < len(g) {
+						t.Errorf("style %d, %s, cut at %d: the handshake went well", style, kind, n)
+					}
+					err = c.Flush(ctx)
+					c.Close()
+				} else if n >= len(g) {
+					t.Errorf("style %d, %s, cut at %d: %v", style, kind, n, err)
+				}
+				if !errors.Is(err, region.ErrPeerGone) {
+					t.Errorf("style %d, %s, cut at %d: %v", style, kind, n, err)
+				}
+				cancel()
 			}
-			if !errors.Is(err, region.ErrPeerGone) {
-				t.Errorf("style %d cut at %d: %v", style, n, err)
-			}
-			cancel()
 		}
 	}
 }
@@ -611,6 +672,13 @@ func (h *held) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// The bytes that a fuzzer gives also choose, by two bits of their sum, what the session
+// goes over (plain or a socket) and what the server does (leases or none).
+func choose(b []byte) (kind string, leases bool) {
+	sum := crc32.ChecksumIEEE(b)
+	return kinds[sum&1], sum&2 != 0
+}
+
 // FuzzServer gives the server any bytes for a client's session.
 func FuzzServer(f *testing.F) {
 	for _, style := range []replyStyle{simple, structured, extended} {
@@ -618,12 +686,23 @@ func FuzzServer(f *testing.F) {
 		f.Add(client)
 		f.Add(hello(style))
 	}
+	// A writer with a lease, which is kept and given back.
+	lease := be.AppendUint32(appendString(nil, ""), 1)
+	b := append(be.AppendUint32(nil, flagFixedNewstyle|flagNoZeroes), appendOption(nil, optStructuredReply, nil)...)
+	b = appendOption(b, optSetMetaContext, appendString(lease, leaseContext+"a"))
+	b = appendOption(b, optGo, be.AppendUint16(appendString(nil, ""), 0))
+	b = append(request{cmd: cmdWrite, cookie: 1, off: 5, length: 300}.append(b, false), make([]byte, 300)...)
+	f.Add(request{cmd: cmdDisc}.append(b, false))
 	store := newSparse(256<<10, 1)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
-		s := newScript(b)
-		err := (&Transport{}).Serve(ctx, s, exports{"": store, "b": blocky{store.slow, 4096}})
+		kind, leases := choose(b)
+		var e transport.Exports = exports{"": store, "b": blocky{store.slow, 4096}}
+		if leases {
+			e = transport.NewLeases(e)
+		}
+		err := (&Transport{}).Serve(ctx, play(t, kind, b).conn, e)
 		if ctx.Err() != nil {
 			t.Fatalf("server hangs: %v", err)
 		}
@@ -642,12 +721,22 @@ func FuzzClient(f *testing.F) {
 		st := reply{flags: 1, typ: chunkBlockStatus, cookie: 2, length: 12}
 		f.Add(slices.Concat(g, r, make([]byte, 100), st.append(nil, style), be.AppendUint32(nil, 5), be.AppendUint32(nil, 500), be.AppendUint32(nil, 3)))
 		f.Add(slices.Concat(g, reply{flags: 1, typ: chunkOffsetHole, cookie: 1, length: 12}.append(nil, style), make([]byte, 12)))
+		list := appendOptReply(slices.Clone(g[:18]), optList, repServer, appendString(nil, "one"))
+		f.Add(appendOptReply(list, optList, repAck, nil))
 		f.Add(slices.Concat(g, reply{flags: 1, typ: chunkError, cookie: 1, length: 8}.append(nil, style), []byte{0, 0, 0, 5, 0, 2, 'n', 'o'}))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
-		s, err := (&Transport{}).Open(ctx, dialScripts(b), transport.Options{Connections: 1})
+		kind, _ := choose(b)
+		if names, err := (&Transport{}).List(ctx, play(t, kind, b).conn); err == nil {
+			for _, n := range names {
+				if len(n) > maxString {
+					t.Errorf("a name of %d bytes", len(n))
+				}
+			}
+		}
+		s, err := (&Transport{}).Open(ctx, dialPlayed(t, kind, b), transport.Options{Connections: 1})
 		if err != nil {
 			if ctx.Err() != nil {
 				t.Fatalf("client hangs: %v", err)

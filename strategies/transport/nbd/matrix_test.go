@@ -60,12 +60,13 @@ func TestServerMatrix(t *testing.T) {
 					}
 				}
 				add(request{cmd: cmdRead, off: 4096, length: 4096}) // still served
-				s := newScript(request{cmd: cmdDisc}.append(in, ext))
-				if err := (&Transport{}).Serve(testContext(t), s, e); err != nil {
+				kind := kinds[min(int(unit), 2)]                    // each size of block over another one; all styles over both
+				s := play(t, kind, request{cmd: cmdDisc}.append(in, ext))
+				if err := (&Transport{}).Serve(testContext(t), s.conn, e); err != nil {
 					t.Fatal(err)
 				}
 				got := map[uint64]Errno{}
-				for out := s.out.Bytes()[afterHello(t, style, e):]; len(out) > 0; {
+				for out := s.heard()[afterHello(t, style, e):]; len(out) > 0; {
 					r, n, err := parseReply(out, style)
 					if err != nil || n == 0 {
 						t.Fatalf("reply %.40x: %v", out, err)
@@ -129,9 +130,11 @@ func TestServerRequestMagic(t *testing.T) {
 			}
 			b := request{cmd: cmdRead, length: 1}.append(nil, style == extended)
 			be.PutUint32(b, magic)
-			err := (&Transport{}).Serve(testContext(t), newScript(append(hello(style), b...)), e)
-			if !errors.Is(err, ErrProtocol) || !strings.Contains(err.Error(), "request magic") {
-				t.Errorf("style %d, magic %#x: %v", style, magic, err)
+			for _, kind := range kinds {
+				err := (&Transport{}).Serve(testContext(t), play(t, kind, append(hello(style), b...)).conn, e)
+				if !errors.Is(err, ErrProtocol) || !strings.Contains(err.Error(), "request magic") {
+					t.Errorf("style %d, %s, magic %#x: %v", style, kind, magic, err)
+				}
 			}
 		}
 	}
@@ -143,16 +146,18 @@ func TestCutNegotiateAndList(t *testing.T) {
 	info := be.AppendUint16(be.AppendUint64(be.AppendUint16(nil, infoExport), 1<<20), uint16(FlagHasFlags))
 	open := appendOptReply(appendOptReply(slices.Clone(hello), optGo, repInfo, info), optGo, repAck, nil)
 	list := appendOptReply(appendOptReply(slices.Clone(hello), optList, repServer, appendString(nil, "one")), optList, repAck, nil)
-	for n := 0; n <= len(open); n++ {
-		_, err := (&Transport{}).Negotiate(testContext(t), newScript(open[:n]), "")
-		if n < len(open) && !errors.Is(err, region.ErrPeerGone) || n == len(open) && err != nil {
-			t.Errorf("negotiate, cut at %d of %d: %v", n, len(open), err)
+	for _, kind := range kinds {
+		for n := 0; n <= len(open); n++ {
+			_, err := (&Transport{}).Negotiate(testContext(t), play(t, kind, open[:n]).conn, "")
+			if n < len(open) && !errors.Is(err, region.ErrPeerGone) || n == len(open) && err != nil {
+				t.Errorf("negotiate, %s, cut at %d of %d: %v", kind, n, len(open), err)
+			}
 		}
-	}
-	for n := 0; n <= len(list); n++ {
-		names, err := (&Transport{}).List(testContext(t), newScript(list[:n]))
-		if n < len(list) && !errors.Is(err, region.ErrPeerGone) || n == len(list) && (err != nil || len(names) != 1) {
-			t.Errorf("list, cut at %d of %d: %q, %v", n, len(list), names, err)
+		for n := 0; n <= len(list); n++ {
+			names, err := (&Transport{}).List(testContext(t), play(t, kind, list[:n]).conn)
+			if n < len(list) && !errors.Is(err, region.ErrPeerGone) || n == len(list) && (err != nil || len(names) != 1) {
+				t.Errorf("list, %s, cut at %d of %d: %q, %v", kind, n, len(list), names, err)
+			}
 		}
 	}
 	// Nor may the kernel be handed a connection on which more has been said.
