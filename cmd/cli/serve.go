@@ -57,7 +57,7 @@ client flushed is on disk. Runs until SIGINT or SIGTERM, and then exits with 130
 	f.StringVar(&o.listen, "listen", "127.0.0.1:"+nbdPort, "`ADDR` to answer on: HOST:PORT (port 0: a free one) or unix:PATH")
 	f.BoolVar(&o.readOnly, "read-only", false, "refuse writes; FILE needs to be readable only")
 	f.BoolVar(&o.insecure, "insecure", false, "answer on an address that is not loopback, without TLS: whoever reaches it can read and write")
-	f.IntVar(&o.connections, "connections", 64, "connections at once, 1 to 4096; each costs at most 64 MiB of buffers")
+	f.IntVar(&o.connections, "connections", 64, "connections at once, 1 to 4096; each costs at most 64 MiB of buffers, so 64 bad clients at most 4 GiB in all")
 	return c
 }
 

@@ -590,6 +590,80 @@ func TestClientStopsReading(t *testing.T) {
 	}
 }
 
+// Several bad clients at once, writers that stop in the middle of a payload and readers
+// that read nothing: each costs at most sessionMemory, another client is served
+// beside them, all are cut off, and their memory is free again.
+func TestStalledClientsAtOnce(t *testing.T) {
+	const clients = 8
+	tr := &Transport{StallTimeout: 2 * time.Second}
+	s := serve(t, tr, transport.One{Store: newRAM(32<<20, 1)})
+	inUse := func() int64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return int64(m.HeapInuse)
+	}
+	payload := make([]byte, 32<<20-1) // of a write of 32 MiB
+	before := inUse()
+	var sending sync.WaitGroup
+	defer sending.Wait()
+	for i := range clients {
+		nc, err := s.Dial(testContext(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		b := hello(simple)
+		for k := range uint64(500) {
+			if i%2 == 0 {
+				b = request{cmd: cmdRead, cookie: k, length: 32 << 20}.append(b, false)
+			}
+		}
+		if i%2 == 1 {
+			b = request{cmd: cmdWrite, length: 32 << 20}.append(b, false)
+		}
+		sending.Go(func() {
+			if _, err := nc.Write(b); err == nil && i%2 == 1 {
+				_, _ = nc.Write(payload) // may be cut off, too
+			}
+		})
+	}
+	c := open(t, tr, s, transport.Options{})
+	most, ended := int64(0), 0
+	for end := time.Now().Add(20 * time.Second); ended < clients; {
+		if time.Now().After(end) {
+			t.Fatalf("%d of %d clients were cut off", ended, clients)
+		}
+		most = max(most, inUse()-before)
+		if err := c.ReadAt(testContext(t), make([]byte, 4096), 0); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-s.ended:
+			if ended++; !errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("server: %v", err)
+			}
+		default:
+		}
+	}
+	t.Logf("heap grew by at most %d MiB", most>>20)
+	if most > clients*(sessionMemory+4<<20) {
+		t.Errorf("heap grew by %d MiB for %d clients, more than %d MiB each", most>>20, clients, sessionMemory>>20)
+	}
+	if most < sessionMemory/2 {
+		t.Errorf("heap grew by %d KiB only: nothing was stalled", most>>10)
+	}
+	for end := time.Now().Add(10 * time.Second); ; { // the buffers may be kept for the next clients over one more collection
+		left := inUse() - before
+		if left < sessionMemory {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d MiB are left of them", left>>20)
+		}
+	}
+}
+
 // A client that says nothing during the handshake, or half a message later, is cut off.
 func TestClientStopsSending(t *testing.T) {
 	tr := &Transport{StallTimeout: 100 * time.Millisecond, HandshakeTimeout: 100 * time.Millisecond}
