@@ -6,6 +6,7 @@ RUNS ?= 6
 OUT ?= results/out/bench
 ALL ?= results/out/all
 FUZZTIME ?= 30s
+ROUNDS ?= 6
 PKG ?= ./...
 FIGURES := latency-first-chunk-rttvar-1 throughput-rttvar-1
 # The commit for manifests; empty outside a checkout of git.
@@ -13,7 +14,7 @@ STAMP = $(shell h=$$(git rev-parse HEAD 2>/dev/null) && echo "$$h$$(test -z "$$(
 LDFLAGS = -ldflags "-X memsync/results.stamp=$(STAMP)"
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: bench bench-all bench-nbd test build race lint fmt fuzz clean help peers peers-test
+.PHONY: bench bench-all bench-nbd bench-lab test build race lint fmt fuzz clean help peers peers-test
 
 bench: build ## the main job: two figures, quick form, on a real shaped link (minutes)
 	bin/memsync doctor
@@ -62,6 +63,9 @@ fuzz: ## every fuzz target in turn, each for FUZZTIME (a release: FUZZTIME=10m);
 
 bench-nbd: ## our NBD server and client beside nbdkit's and nbdcopy, in turn, and the ratios of docs/nbd-interop.md
 	MEMSYNC_MUST_RUN=nbd-interop $(GO) test -run '^$$' -bench '^BenchmarkInterop$$' -benchtime 10x ./strategies/transport/nbd
+
+bench-lab: peers ## the lab kernel and NBD devices in it, with the ratio to nbdkit's, as in docs/bars.md: medians of ROUNDS=6
+	$(GO) test -run '^$$' -bench '^BenchmarkLab$$' -benchtime $(ROUNDS)x -timeout 30m ./scenarios/lab
 
 fmt: ## gofmt -w
 	gofmt -w .

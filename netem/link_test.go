@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -73,13 +74,23 @@ func TestOpenRefuses(t *testing.T) {
 // Every kind of profile on every shaper that this kernel has must pass its own
 // calibration, and the numbers must be what the profile says.
 func TestCalibrate(t *testing.T) {
-	for _, p := range []Profile{
+	profiles := []Profile{
 		{RTT: time.Millisecond, Rate: 100e6},
 		{RTT: 20 * time.Millisecond, Rate: 1e9},
 		{RTT: 40 * time.Millisecond, Rate: 50e6, Loss: 0.01},
 		{RTT: 30 * time.Millisecond, Rate: 20e6, Jitter: 2 * time.Millisecond},
 		{RTT: 10 * time.Millisecond, Jitter: time.Millisecond},
-	} {
+	}
+	if inLab() { // the links that docs/bars.md speaks of, with the two above
+		for _, rtt := range []time.Duration{1, 20, 40, 100} {
+			for _, rate := range []int64{100e6, 1e9} {
+				if p := (Profile{RTT: rtt * time.Millisecond, Rate: rate}); !slices.Contains(profiles, p) {
+					profiles = append(profiles, p)
+				}
+			}
+		}
+	}
+	for _, p := range profiles {
 		for _, s := range shaping() {
 			t.Run(fmt.Sprintf("%s/%v/%d/loss=%v/jitter=%v", s, p.RTT, p.Rate, p.Loss, p.Jitter), func(t *testing.T) {
 				l := open(t, s, p, Options{Seed: seed(t)})

@@ -34,7 +34,7 @@ func TestMain(m *testing.M) {
 }
 
 // kernel returns the lab kernel, fetched if need be.
-func kernel(t *testing.T) *Kernel {
+func kernel(t testing.TB) *Kernel {
 	t.Helper()
 	if os.Getenv("LAB") == "0" {
 		t.Skip("LAB=0 leaves the lab kernel out")
