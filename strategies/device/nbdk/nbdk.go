@@ -233,7 +233,9 @@ func socketPair() (a, b net.Conn, err error) {
 	return conns[0], conns[1], nil
 }
 
-// kernelFlags are those that the kernel knows, by the protocol's numbers.
+// kernelFlags are those that the kernel is told, by the protocol's numbers: what every
+// kernel with nbd knows. NBD_FLAG_SEND_WRITE_ZEROES is left out: kernels before 6.12
+// ignore it, and nothing that uses a region zeroes a range of its device.
 const kernelFlags = nbd.FlagHasFlags | nbd.FlagReadOnly | nbd.FlagFlush | nbd.FlagFUA | nbd.FlagTrim | nbd.FlagMultiConn
 
 // settings is what both ways of setting up tell the kernel.

@@ -460,6 +460,9 @@ func TestLinkDown(t *testing.T) {
 		w, goOn := workload(t, "dirty", d.Path())
 		ns.link(t, false)
 		_, _ = io.WriteString(goOn, "\n")
+		if c.reconnects { // else it could make the link be down for too long
+			inFlight(t, d)
+		}
 		time.Sleep(c.down)
 		ns.link(t, true)
 		start := time.Now()

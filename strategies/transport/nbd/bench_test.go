@@ -244,3 +244,82 @@ func BenchmarkInterop(b *testing.B) {
 	b.ReportMetric(kitTime/median("nbdcopy-ours"), "server-ratio")
 	b.ReportMetric(kitTime/median("client-nbdkit"), "client-ratio")
 }
+
+// BenchmarkFilePayload sends replies whose payload is in a file that the page cache
+// has, over loopback, in the two ways that a server can: a copy into a buffer, then
+// one sendmsg for header and payload, as the server does; or the header, and the
+// pages of the cache by sendfile(2) (splice(2) through a pipe is what that does inside).
+func BenchmarkFilePayload(b *testing.B) {
+	const fileSize = 64 << 20
+	f, err := os.Create(b.TempDir() + "/payload")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	content := make([]byte, fileSize)
+	region.Content{Seed: 1}.Fill(content, 0)
+	if _, err := f.Write(content); err != nil {
+		b.Fatal(err)
+	}
+	in, header := int(f.Fd()), make([]byte, dataHeadSize)
+	for _, size := range []int{4 << 10, 64 << 10, 1 << 20} {
+		buf := make([]byte, size)
+		for name, send := range map[string]func(out int, off int64) error{
+			"copy": func(out int, off int64) error {
+				if _, err := unix.Pread(in, buf, off); err != nil {
+					return err
+				}
+				_, err := unix.Writev(out, [][]byte{header, buf}) // blocking: all of it
+				return err
+			},
+			"sendfile": func(out int, off int64) error {
+				if err := unix.Sendto(out, header, unix.MSG_MORE, nil); err != nil {
+					return err
+				}
+				for left := size; left > 0; {
+					n, err := unix.Sendfile(out, in, &off, left)
+					if err != nil {
+						return err
+					}
+					left -= n
+				}
+				return nil
+			},
+		} {
+			b.Run(name+"/"+region.FormatSize(int64(size)), func(b *testing.B) {
+				ours, theirs := pair(b, "tcp")
+				defer ours.Close()
+				defer theirs.Close()
+				from, to := blockingFD(b, ours), blockingFD(b, theirs)
+				read := make(chan int64, 1)
+				go func() {
+					p, sum := make([]byte, 1<<20), int64(0)
+					for {
+						n, err := unix.Read(to, p)
+						if n <= 0 || err != nil {
+							read <- sum
+							return
+						}
+						sum += int64(n)
+					}
+				}()
+				b.SetBytes(int64(size))
+				var i int64
+				for b.Loop() {
+					if err := send(from, i*int64(size)%fileSize); err != nil {
+						b.Fatal(err)
+					}
+					i++
+				}
+				if err := unix.Shutdown(from, unix.SHUT_WR); err != nil {
+					b.Fatal(err)
+				}
+				if got, want := <-read, i*int64(size+len(header)); got != want {
+					b.Errorf("%d bytes arrived, want %d", got, want)
+				}
+			})
+		}
+	}
+}
+
+const dataHeadSize = 40 // header of a data chunk, extended
