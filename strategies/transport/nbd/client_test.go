@@ -211,6 +211,34 @@ func TestList(t *testing.T) {
 	}
 }
 
+// Info says what opening would, and the session ends in peace.
+func TestInfo(t *testing.T) {
+	srv, cli := testTLS(t)
+	for _, tr := range []*Transport{{}, {ServerTLS: srv, ClientTLS: cli}} {
+		s := serve(t, tr, exports{"a": newRAM(12345, 1), "b": blocky{&slow{ram: newRAM(1<<20, 1)}, 4096}, "ro": frozen{viewed{newRAM(1, 1)}}})
+		ask := func(name string) (Export, error) {
+			conn, err := s.Dial(testContext(t))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return tr.Info(testContext(t), conn, name)
+		}
+		for name, size := range map[string]int64{"a": 12345, "b": 1 << 20, "ro": 1} {
+			e, err := ask(name)
+			if err != nil || e.Name != name || e.Size != size || (e.Blocks.Minimum == 4096) != (name == "b") || (e.Flags&FlagReadOnly != 0) != (name == "ro") {
+				t.Errorf("%s: %+v, %v", name, e, err)
+			}
+			if err := s.await(); err != nil {
+				t.Errorf("%s: server: %v", name, err)
+			}
+		}
+		if _, err := ask("c"); !errors.Is(err, region.ErrMissing) {
+			t.Errorf("a missing export: %v", err)
+		}
+		_ = s.await()
+	}
+}
+
 func TestReadOnly(t *testing.T) {
 	s := serve(t, &Transport{}, exports{"rw": newRAM(1<<20, 1), "ro": frozen{viewed{newRAM(1<<20, 1)}}})
 	for _, o := range []transport.Options{{Name: "rw", ReadOnly: true}, {Name: "ro"}} {

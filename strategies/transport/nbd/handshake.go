@@ -233,8 +233,9 @@ func (l *link) startTLS(ctx context.Context, cfg *tls.Config) error {
 }
 
 // negotiate opens the export called name on nc. With compact it asks for
-// nothing that a plain client, such as the kernel's, does not know.
-func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name, writer string, compact bool) (l *link, e Export, err error) {
+// nothing that a plain client, such as the kernel's, does not know. The last option,
+// NBD_OPT_GO or NBD_OPT_INFO, says whether requests follow.
+func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name, writer string, compact bool, last option) (l *link, e Export, err error) {
 	if len(name) > maxString {
 		return nil, e, fmt.Errorf("export name of %d bytes, the limit is %d", len(name), maxString)
 	}
@@ -272,7 +273,7 @@ func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name, writer str
 	}
 	goData := be.AppendUint16(appendString(nil, name), 2)
 	goData = be.AppendUint16(be.AppendUint16(goData, infoBlockSize), infoDescription)
-	b = appendOption(b, optGo, goData)
+	b = appendOption(b, last, goData)
 	if t.ClientTLS != nil {
 		if err := l.startTLS(ctx, t.ClientTLS); err != nil {
 			return nil, e, err
@@ -306,16 +307,16 @@ func (t *Transport) negotiate(ctx context.Context, nc net.Conn, name, writer str
 			e.Allocation, e.lease = false, 0
 		}
 	}
-	r, err := l.replies(optGo, e.info)
+	r, err := l.replies(last, e.info)
 	switch {
 	case err != nil:
 		return nil, e, err
-	case r.typ == repErrUnsup && !e.Extended:
+	case r.typ == repErrUnsup && !e.Extended && last == optGo:
 		err = l.exportName(name, &e)
 	case r.typ != repAck:
-		err = r.err(optGo)
+		err = r.err(last)
 	case e.Size < 0:
-		err = protocolError("%v is acknowledged without NBD_INFO_EXPORT", optGo)
+		err = protocolError("%v is acknowledged without NBD_INFO_EXPORT", last)
 	}
 	if err == nil {
 		err = e.validate()
@@ -421,13 +422,30 @@ func (t *Transport) Negotiate(ctx context.Context, conn net.Conn, name string) (
 	}
 	ctx, cancel := context.WithTimeout(ctx, t.handshakeTimeout())
 	defer cancel()
-	l, e, err := t.negotiate(ctx, conn, name, "", true)
+	l, e, err := t.negotiate(ctx, conn, name, "", true, optGo)
 	if err == nil && len(l.buffered()) > 0 {
 		err = protocolError("%d bytes after the handshake, before any request", len(l.buffered()))
 	}
 	if err != nil {
 		return Export{}, fmt.Errorf("negotiate NBD export %q: %w", name, err)
 	}
+	return e, nil
+}
+
+// Info asks the server on conn about an export by NBD_OPT_INFO, without opening
+// it, and disconnects; conn is of no use afterwards. It blocks at most for the
+// handshake's timeout. A missing export gives region.ErrMissing; a server that does
+// not know the option region.ErrNotSupported.
+func (t *Transport) Info(ctx context.Context, conn net.Conn, name string) (Export, error) {
+	ctx, cancel := context.WithTimeout(ctx, t.handshakeTimeout())
+	defer cancel()
+	defer conn.Close()
+	l, e, err := t.negotiate(ctx, conn, name, "", true, optInfo)
+	if err != nil {
+		return Export{}, fmt.Errorf("ask about NBD export %q: %w", name, err)
+	}
+	conn.SetWriteDeadline(time.Now().Add(time.Second)) // of a courtesy
+	l.conn.Write(appendOption(nil, optAbort, nil))
 	return e, nil
 }
 

@@ -439,6 +439,12 @@ func TestInteropClient(t *testing.T) {
 		if slices.Sort(names); err != nil || !slices.Equal(names, []string{"a", "b"}) {
 			t.Errorf("%q, %v", names, err)
 		}
+		if conn, err = d.Dial(testContext(t)); err != nil {
+			t.Fatal(err)
+		}
+		if e, err := (&Transport{}).Info(testContext(t), conn, "b"); err != nil || e.Size != 4096 {
+			t.Errorf("info: %+v, %v", e, err)
+		}
 		open(t, &Transport{}, d, transport.Options{Name: "b"})
 		if _, err := (&Transport{}).Open(testContext(t), d, transport.Options{Name: "c"}); err == nil {
 			t.Error("no error for a missing export")
@@ -505,6 +511,13 @@ func TestInteropClient(t *testing.T) {
 		}
 		if names, err := (&Transport{}).List(testContext(t), conn); err != nil || !slices.Equal(names, []string{"image"}) {
 			t.Errorf("list: %q, %v", names, err)
+		}
+		if conn, err = d.Dial(testContext(t)); err != nil {
+			t.Fatal(err)
+		}
+		// Version 3.24 has not opened the file then, and says that the size is 0.
+		if e, err := (&Transport{}).Info(testContext(t), conn, "image"); err != nil || e.Name != "image" || e.Flags&FlagFlush == 0 && e.Flags&FlagMultiConn == 0 {
+			t.Errorf("info: %+v, %v", e, err)
 		}
 	})
 }

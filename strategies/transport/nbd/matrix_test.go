@@ -153,6 +153,13 @@ func TestCutNegotiateAndList(t *testing.T) {
 				t.Errorf("negotiate, %s, cut at %d of %d: %v", kind, n, len(open), err)
 			}
 		}
+		told := appendOptReply(appendOptReply(slices.Clone(hello), optInfo, repInfo, info), optInfo, repAck, nil)
+		for n := 0; n <= len(told); n++ {
+			e, err := (&Transport{}).Info(testContext(t), play(t, kind, told[:n]).conn, "")
+			if n < len(told) && !errors.Is(err, region.ErrPeerGone) || n == len(told) && (err != nil || e.Size != 1<<20) {
+				t.Errorf("info, %s, cut at %d of %d: %v", kind, n, len(told), err)
+			}
+		}
 		for n := 0; n <= len(list); n++ {
 			names, err := (&Transport{}).List(testContext(t), play(t, kind, list[:n]).conn)
 			if n < len(list) && !errors.Is(err, region.ErrPeerGone) || n == len(list) && (err != nil || len(names) != 1) {
