@@ -262,9 +262,15 @@ func (c *Cell) migratable(info strategies.Info) error {
 	return nil
 }
 
-// whole says what a strategy that other programs are part of cannot serve.
+// whole says what a strategy that has a protocol or other programs of its own cannot serve.
 func (c *Cell) whole(info strategies.Info, program bool) error {
+	only := info.Transports
+	if program {
+		only = []string{"nbd"}
+	}
 	switch {
+	case c.Transport != "local" && only != nil && !slices.Contains(only, c.Transport):
+		return fmt.Errorf("strategy %s speaks its own protocol and has no transport %s; it goes with: %s: %w", c.Strategy, c.Transport, strings.Join(only, ", "), region.ErrNotSupported)
 	case program && c.Transport == "local":
 		return fmt.Errorf("strategy %s has a server of its own and no transport local: %w", c.Strategy, region.ErrNotSupported)
 	case program && c.Backend != "file":

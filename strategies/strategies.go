@@ -51,6 +51,8 @@ type Info struct {
 	PushWorkers  int          // default number of background pushes in flight
 	Consistency  string       // the contract: readers, writers, a source that changes
 	Whole        int64        // bytes; a region must be a multiple of this; 0 is any size
+	// Transports that it can use, where it speaks a protocol of its own and so not any.
+	Transports []string `json:",omitempty"`
 }
 
 // Can reports whether the strategy has the capability.

@@ -88,7 +88,7 @@ missing here; 5 not permitted or the link could not be calibrated; 6 wrong usage
 	k := &o.cell
 	f.StringVar(&k.Strategy, "strategy", "", "`name` of the strategy (memsync list strategies); required")
 	f.StringVar(&k.Device, "device", "auto", "auto, fuse, nbd, ublk or uffd")
-	f.StringVar(&k.Transport, "transport", "nbd", "nbd, or local: the daemon holds the data itself")
+	f.StringVar(&k.Transport, "transport", "nbd", "nbd, grpc, drpc, quic, jsonrpc, or local: the daemon holds the data itself")
 	f.StringVar(&k.Backend, "backend", "auto", "where the source keeps the data: "+strings.Join(backend.Names(), ", ")+" (auto: memory, file where another program serves it)")
 	f.StringVar(&o.profile, "profile", "", "named network (memsync list profiles); the flags below override its values")
 	durationFlag(f, &o.rtt, "rtt", 0, "round-trip time, half on each end")

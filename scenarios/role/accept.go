@@ -7,6 +7,8 @@ import (
 	"net"
 	"os"
 	"sync"
+
+	"memsync/strategies/transport"
 )
 
 // acceptor is the listeners of a role and the connections that they took.
@@ -17,11 +19,14 @@ type acceptor struct {
 	ls    []net.Listener
 }
 
-// accept listens on a free port of addr and calls serve for each connection.
+// accept listens on a free TCP port of addr and calls serve for each connection.
 func (a *acceptor) accept(ctx context.Context, role, addr string, serve func(net.Conn)) (string, error) {
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false) // on by default for listeners; the link is one path
-	l, err := lc.Listen(ctx, "tcp", net.JoinHostPort(addr, "0"))
+	return a.acceptBy(ctx, nil, role, addr, serve)
+}
+
+// acceptBy is accept for the connections of a transport.
+func (a *acceptor) acceptBy(ctx context.Context, t transport.Transport, role, addr string, serve func(net.Conn)) (string, error) {
+	l, err := transport.Listen(ctx, t, net.JoinHostPort(addr, "0"))
 	if err != nil {
 		return "", err
 	}

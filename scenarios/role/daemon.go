@@ -142,8 +142,7 @@ func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.
 		if !r.options.ReadOnly {
 			r.options.Writer = rand.Text()
 		}
-		var dial net.Dialer
-		r.dialer = transport.DialFunc(func(ctx context.Context) (net.Conn, error) { return dial.DialContext(ctx, "tcp", a.Source) })
+		r.dialer = transport.DialerTo(r.transport, a.Source)
 	}
 	m := Mounted{Start: monotonic()}
 	o := strategies.Options{

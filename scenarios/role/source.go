@@ -121,20 +121,20 @@ func (s *source) serve(ctx context.Context, st strategies.Strategy, host string,
 		}
 		return s.own.Addr(), nil
 	}
+	tr, err := all.Transport(s.setup.Transport)
+	if err != nil {
+		return "", err
+	}
 	if p := s.publication; p != nil {
-		return s.accept(ctx, Source, host, func(c net.Conn) {
+		return s.acceptBy(ctx, tr, Source, host, func(c net.Conn) {
 			if err := p.Serve(ctx, c); err != nil && ctx.Err() == nil {
 				fmt.Fprintln(os.Stderr, "source: serve:", err)
 			}
 		})
 	}
-	tr, err := all.Transport(s.setup.Transport)
-	if err != nil {
-		return "", err
-	}
 	store := chunk.Split(s.store, chunk.SplitSource, params)
 	exports := transport.NewLeases(transport.One{Name: "region", Store: store})
-	return s.accept(ctx, Source, host, func(c net.Conn) {
+	return s.acceptBy(ctx, tr, Source, host, func(c net.Conn) {
 		if err := st.Serve(ctx, tr, c, exports, params); err != nil && ctx.Err() == nil {
 			fmt.Fprintln(os.Stderr, "source: serve:", err)
 		}

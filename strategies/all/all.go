@@ -20,7 +20,12 @@ import (
 	"memsync/strategies/param"
 	"memsync/strategies/snapshot"
 	"memsync/strategies/transport"
+	"memsync/strategies/transport/drpc"
+	"memsync/strategies/transport/grpc"
+	"memsync/strategies/transport/jsonrpc"
 	"memsync/strategies/transport/nbd"
+	"memsync/strategies/transport/quic"
+	"memsync/strategies/transport/rpc"
 	"memsync/strategies/userfaultfd"
 )
 
@@ -40,20 +45,48 @@ func Registry() strategies.Registry {
 }
 
 // TransportNames lists the transports; "local", which is none, is not among them.
-func TransportNames() []string { return []string{"nbd"} }
+func TransportNames() []string { return []string{"nbd", "grpc", "drpc", "quic", "jsonrpc"} }
 
-// Transport returns a transport by name, or an error that lists the valid names.
-func Transport(name string) (transport.Transport, error) {
+// Transport returns a transport by name, without TLS, or an error that lists the valid names.
+func Transport(name string) (transport.Transport, error) { return SecureTransport(name, transport.TLS{}) }
+
+// SecureTransport is Transport with the connections secured by t.
+func SecureTransport(name string, t transport.TLS) (transport.Transport, error) {
 	switch name {
 	case "nbd":
-		return &nbd.Transport{}, nil
+		return &nbd.Transport{ServerTLS: t.Server, RequireTLS: t.Server != nil, ClientTLS: t.Client}, nil
+	case "grpc":
+		return &grpc.Transport{TLS: t}, nil
+	case "drpc":
+		return &drpc.Transport{TLS: t}, nil
+	case "quic":
+		return &quic.Transport{TLS: t}, nil
+	case "jsonrpc":
+		return &jsonrpc.Transport{TLS: t}, nil
 	}
 	return nil, fmt.Errorf("unknown transport %q; valid: %s, local", name, strings.Join(TransportNames(), ", "))
 }
 
+// transportParams are the parameters that a transport has.
+func transportParams(name string) []param.Spec {
+	specs := nbd.Params()
+	if name != "nbd" {
+		specs = rpc.Params(name)
+	}
+	return append(specs,
+		param.Spec{Name: "pool", Kind: param.KindInt, Default: "0", Max: 16, Doc: "another name of connections, which it comes before"})
+}
+
 // TransportOptions returns the options of a transport that parameters set.
 func TransportOptions(p param.Values) transport.Options {
-	return transport.Options{Connections: p.Int("connections"), Window: p.Size("window")}
+	o := transport.Options{Connections: p.Int("connections"), Window: p.Size("window")}
+	if n := p.Int("pool"); n > 0 {
+		o.Connections = n
+	}
+	if p.Has("calls") {
+		o.Calls, o.Message, o.Stream = p.Int("calls"), p.Size("message"), p.TextOr("rpc", "unary") == "stream"
+	}
+	return o
 }
 
 // Specs returns the parameters that a strategy has with a device, a transport and
@@ -77,11 +110,13 @@ func Specs(s strategies.Strategy, deviceName, transportName, backendName string)
 				Doc: "the source has an image of it with the region as its files, which the workload mounts from the device and maps; reads only"})
 	}
 	if transportName != "local" {
-		specs = append(specs, nbd.Params()...)
-		specs = append(specs, param.Spec{Name: "congestion", Kind: param.KindString,
-			Doc: "TCP congestion control of both ends (default: the kernel's, which the links of manifest.json name)"},
-			param.Spec{Name: "initial_window", Kind: param.KindInt, Default: "0", Max: 1000,
-				Doc: "segments that a TCP connection sends before the first acknowledgement, both ends (initcwnd of the route); 0 is the kernel's own, 10"})
+		specs = append(specs, transportParams(transportName)...)
+		if transportName != "quic" {
+			specs = append(specs, param.Spec{Name: "congestion", Kind: param.KindString,
+				Doc: "TCP congestion control of both ends (default: the kernel's, which the links of manifest.json name)"},
+				param.Spec{Name: "initial_window", Kind: param.KindInt, Default: "0", Max: 1000,
+					Doc: "segments that a TCP connection sends before the first acknowledgement, both ends (initcwnd of the route); 0 is the kernel's own, 10"})
+		}
 	}
 	return append(specs, backend.Params(backendName)...)
 }

@@ -128,6 +128,9 @@ func (r remote) Dial(ctx context.Context) (net.Conn, error) {
 	if r.addr == nil {
 		return nil, region.ErrNotSupported
 	}
+	if own, ok := r.f.Transport.(transport.Network); ok {
+		return own.Dial(ctx, r.addr.String())
+	}
 	return new(net.Dialer).DialContext(ctx, r.addr.Network(), r.addr.String())
 }
 
@@ -156,7 +159,13 @@ func (f Factory) serve(t *testing.T, store region.Store, dir string, v param.Val
 	if f.Network == "unix" {
 		addr = filepath.Join(dir, "source.sock")
 	}
-	l, err := net.Listen(f.Network, addr)
+	var l net.Listener
+	var err error
+	if own, ok := f.Transport.(transport.Network); ok {
+		l, err = own.Listen(t.Context(), addr)
+	} else {
+		l, err = net.Listen(f.Network, addr)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}

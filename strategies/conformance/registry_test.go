@@ -2,12 +2,14 @@ package conformance_test
 
 import (
 	"errors"
+	"slices"
 	"testing"
 
 	"memsync/strategies"
 	"memsync/strategies/all"
 	"memsync/strategies/conformance"
 	"memsync/strategies/region"
+	"memsync/strategies/transport"
 	"memsync/strategies/transport/nbd"
 )
 
@@ -45,11 +47,17 @@ func transports(t *testing.T, f conformance.Factory) {
 		return
 	}
 	for _, name := range all.TransportNames() {
+		if own := f.Strategy.Info().Transports; own != nil && !slices.Contains(own, name) {
+			continue
+		}
 		for _, network := range []string{"tcp", "unix"} {
 			t.Run(name+"-"+network, func(t *testing.T) {
 				tr, err := all.Transport(name)
 				if err != nil {
 					t.Fatal(err)
+				}
+				if _, ok := tr.(transport.Network); ok && network == "unix" {
+					t.Skipf("%s has connections of its own", name)
 				}
 				f.Transport, f.Network = tr, network
 				conformance.Run(t, f)

@@ -50,6 +50,7 @@ func (Strategy) Info() strategies.Info {
 		Doc:          "polled hashing of a mapped file, deltas to full copies at the destinations",
 		Capabilities: []strategies.Capability{strategies.Reads, strategies.Follows, strategies.Copies, strategies.Prefetch, strategies.Relays},
 		Devices:      []string{""},
+		Transports:   []string{"nbd"}, // what the column says of its own protocol over TCP
 		Params:       params(),
 		DefaultChunk: 64 << 10,
 		Consistency: "The source is the only writer. A destination has a full copy before a workload attaches. Rounds reach it in order; " +

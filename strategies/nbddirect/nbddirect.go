@@ -33,6 +33,7 @@ func (Strategy) Info() strategies.Info {
 		Doc:          "the kernel's NBD client, connected straight to the source",
 		Capabilities: []strategies.Capability{strategies.Reads, strategies.Writes},
 		Devices:      []string{"nbd"},
+		Transports:   []string{"nbd"},
 		Params:       nbdk.Params(),
 		DefaultChunk: 64 << 10,
 		Consistency: "One reader and writer host. Readers of the device see its writers at once (one page cache). " +

@@ -57,6 +57,10 @@ type Options struct {
 	// and refuses nothing: see region.Epocher.
 	Writer string
 	Window int64 // bytes of background requests in flight; 0: the transport chooses
+	// The rest is for transports of remote procedure calls; NBD does not look at it.
+	Calls   int   // requests under way on one connection; 0: the transport chooses, 1: one at a time
+	Message int64 // bytes of data in one request at most; 0: the transport chooses
+	Stream  bool  // all requests of a connection go over one stream of the library's, not each as a call of its own
 }
 
 // Transport is a wire protocol between daemon and source.
@@ -73,4 +77,32 @@ type Transport interface {
 	// (region.ClassOf). A lost connection fails the requests in flight with
 	// region.ErrPeerGone.
 	Open(ctx context.Context, d Dialer, o Options) (region.Store, error)
+}
+
+// Network is what a Transport may be whose connections are not those of TCP. The
+// connections that it gives are for Serve and for its Dialer only.
+type Network interface {
+	// Listen answers on addr, host:port with port 0 for a free one. It has taken the
+	// port when it returns.
+	Listen(ctx context.Context, addr string) (net.Listener, error)
+	// Dial blocks until connected or ctx ends.
+	Dial(ctx context.Context, addr string) (net.Conn, error)
+}
+
+// Listen answers on addr (host:port) for t: TCP, or what t is a Network of.
+func Listen(ctx context.Context, t Transport, addr string) (net.Listener, error) {
+	if n, ok := t.(Network); ok {
+		return n.Listen(ctx, addr)
+	}
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false) // on by default for listeners; the link is one path
+	return lc.Listen(ctx, "tcp", addr)
+}
+
+// DialerTo is the Dialer of connections to addr (host:port) for t.
+func DialerTo(t Transport, addr string) Dialer {
+	if n, ok := t.(Network); ok {
+		return DialFunc(func(ctx context.Context) (net.Conn, error) { return n.Dial(ctx, addr) })
+	}
+	return DialFunc(func(ctx context.Context) (net.Conn, error) { return new(net.Dialer).DialContext(ctx, "tcp", addr) })
 }

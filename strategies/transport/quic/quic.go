@@ -1,0 +1,538 @@
+// Package quic is the transport over QUIC (github.com/quic-go/quic-go): one stream a
+// request, so that a lost packet holds up the requests whose bytes it had and no
+// others. It stands for transports over UDP.
+//
+// QUIC is never without TLS 1.3. Where no certificates are given, the source makes
+// one for itself and the daemon takes any: encrypted, but neither side is sure of
+// the other. A daemon that comes back resumes its session and asks before the
+// handshake has ended (0-RTT); what changes the source waits for its end, since an
+// attacker can repeat early data (RFC 8446, 8).
+//
+// A message is the length of its head (4 bytes, big endian), its head (a protocol
+// buffer, rpc/region.proto) and its data; the stream's end is its end.
+//
+// Source: RFC 9000, 9001, 9002.
+package quic
+
+import (
+	"bufio"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/quic-go/quic-go"
+
+	"memsync/strategies/region"
+	"memsync/strategies/transport"
+	"memsync/strategies/transport/rpc"
+)
+
+const (
+	protocol = "memsync-quic" // of ALPN
+	idle     = 2 * time.Minute
+	dropped  = quic.StreamErrorCode(1) // nobody wants the rest of a stream
+
+	// Flow control, in bytes. A source takes as much as SessionCalls streams of it.
+	serverStreamWindow = 512 << 10
+	clientStreamWindow = 8 << 20
+	serverConnWindow   = 16 << 20
+	clientConnWindow   = 64 << 20
+)
+
+// Transport is QUIC as a transport.Transport. The zero value is ready. It must not
+// be copied once it is in use.
+type Transport struct {
+	TLS transport.TLS
+
+	once     sync.Once
+	sessions tls.ClientSessionCache
+	tokens   quic.TokenStore
+}
+
+var (
+	_ transport.Transport = (*Transport)(nil)
+	_ transport.Network   = (*Transport)(nil)
+)
+
+// Name is "quic".
+func (*Transport) Name() string { return "quic" }
+
+// Conn is a QUIC connection. As a net.Conn it is its first stream from the client,
+// for protocols that want one stream of bytes.
+type Conn struct {
+	q      *quic.Conn
+	client bool
+	closed func() // gives the socket back
+
+	mu     sync.Mutex
+	stream *quic.Stream
+	end    sync.Once
+}
+
+var _ net.Conn = (*Conn)(nil)
+
+// first returns the first stream; a source waits for its client to send on it.
+func (c *Conn) first() (*quic.Stream, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var err error
+	if c.stream == nil && c.client {
+		c.stream, err = c.q.OpenStreamSync(c.q.Context())
+	} else if c.stream == nil {
+		c.stream, err = c.q.AcceptStream(c.q.Context())
+	}
+	return c.stream, err
+}
+
+// Read implements net.Conn.
+func (c *Conn) Read(p []byte) (int, error) {
+	s, err := c.first()
+	if err != nil {
+		return 0, c.over(err)
+	}
+	n, err := s.Read(p)
+	return n, c.over(err)
+}
+
+// Write implements net.Conn.
+func (c *Conn) Write(p []byte) (int, error) {
+	s, err := c.first()
+	if err != nil {
+		return 0, c.over(err)
+	}
+	n, err := s.Write(p)
+	return n, c.over(err)
+}
+
+// over makes the orderly end of the connection what it is for a stream of bytes.
+func (c *Conn) over(err error) error {
+	var app *quic.ApplicationError
+	if errors.As(err, &app) && app.ErrorCode == 0 {
+		if app.Remote {
+			return io.EOF
+		}
+		return net.ErrClosed
+	}
+	return err
+}
+
+// Close implements net.Conn. It takes at most a moment and may be called twice.
+func (c *Conn) Close() error {
+	c.end.Do(func() {
+		_ = c.q.CloseWithError(0, "")
+		c.closed()
+	})
+	return nil
+}
+
+// LocalAddr implements net.Conn.
+func (c *Conn) LocalAddr() net.Addr { return c.q.LocalAddr() }
+
+// RemoteAddr implements net.Conn.
+func (c *Conn) RemoteAddr() net.Addr { return c.q.RemoteAddr() }
+
+// SetDeadline implements net.Conn, once the first stream is open.
+func (c *Conn) SetDeadline(t time.Time) error {
+	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
+}
+
+// SetReadDeadline implements net.Conn.
+func (c *Conn) SetReadDeadline(t time.Time) error {
+	s, err := c.first()
+	if err != nil {
+		return err
+	}
+	return s.SetReadDeadline(t)
+}
+
+// SetWriteDeadline implements net.Conn.
+func (c *Conn) SetWriteDeadline(t time.Time) error {
+	s, err := c.first()
+	if err != nil {
+		return err
+	}
+	return s.SetWriteDeadline(t)
+}
+
+func config(server bool) *quic.Config {
+	c := &quic.Config{
+		HandshakeIdleTimeout: rpc.HandshakeTimeout, MaxIdleTimeout: idle, KeepAlivePeriod: idle / 8, Allow0RTT: true,
+		MaxIncomingStreams: rpc.SessionCalls, MaxIncomingUniStreams: -1,
+		InitialStreamReceiveWindow: serverStreamWindow, MaxStreamReceiveWindow: serverStreamWindow,
+		InitialConnectionReceiveWindow: serverConnWindow, MaxConnectionReceiveWindow: serverConnWindow,
+	}
+	if !server {
+		c.InitialStreamReceiveWindow, c.MaxStreamReceiveWindow = clientStreamWindow, clientStreamWindow
+		c.InitialConnectionReceiveWindow, c.MaxConnectionReceiveWindow = clientConnWindow, clientConnWindow
+	}
+	return c
+}
+
+// listener is a UDP socket that answers.
+type listener struct {
+	udp   *net.UDPConn
+	tr    *quic.Transport
+	l     *quic.EarlyListener
+	ctx   context.Context
+	stop  context.CancelFunc
+	conns sync.WaitGroup
+	once  sync.Once
+}
+
+// Listen implements transport.Network.
+func (t *Transport) Listen(_ context.Context, addr string) (net.Listener, error) {
+	a, err := net.ResolveUDPAddr("udp", addr)
+	if err != nil {
+		return nil, err
+	}
+	cfg := t.TLS.Server
+	if cfg == nil {
+		if cfg, err = ownCertificate(); err != nil {
+			return nil, err
+		}
+	} else {
+		cfg = cfg.Clone()
+	}
+	cfg.NextProtos = []string{protocol}
+	udp, err := net.ListenUDP("udp", a)
+	if err != nil {
+		return nil, err
+	}
+	l := &listener{udp: udp, tr: &quic.Transport{Conn: udp}}
+	if l.l, err = l.tr.ListenEarly(cfg, config(true)); err != nil {
+		return nil, errors.Join(err, l.tr.Close(), udp.Close())
+	}
+	l.ctx, l.stop = context.WithCancel(context.Background())
+	return l, nil
+}
+
+// Accept implements net.Listener.
+func (l *listener) Accept() (net.Conn, error) {
+	q, err := l.l.Accept(l.ctx)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", net.ErrClosed, err)
+	}
+	l.conns.Add(1)
+	return &Conn{q: q, closed: l.conns.Done}, nil
+}
+
+// Close implements net.Listener. The socket goes with the last connection.
+func (l *listener) Close() error {
+	l.once.Do(func() {
+		l.stop()
+		_ = l.l.Close()
+		go func() {
+			l.conns.Wait()
+			_ = l.tr.Close()
+			_ = l.udp.Close()
+		}()
+	})
+	return nil
+}
+
+// Addr implements net.Listener.
+func (l *listener) Addr() net.Addr { return l.udp.LocalAddr() }
+
+// ownCertificate makes a certificate that nobody can check.
+func ownCertificate() (*tls.Config, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	now := time.Now()
+	c := &x509.Certificate{SerialNumber: big.NewInt(1), NotBefore: now.Add(-time.Hour), NotAfter: now.Add(365 * 24 * time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
+	if err != nil {
+		return nil, err
+	}
+	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}, MinVersion: tls.VersionTLS13}, nil
+}
+
+// Dial implements transport.Network: one round trip, none where a session is resumed.
+func (t *Transport) Dial(ctx context.Context, addr string) (net.Conn, error) {
+	t.once.Do(func() {
+		t.sessions, t.tokens = tls.NewLRUClientSessionCache(16), quic.NewLRUTokenStore(16, 4)
+	})
+	a, err := net.ResolveUDPAddr("udp", addr)
+	if err != nil {
+		return nil, err
+	}
+	cfg := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13} // see the package's comment
+	if t.TLS.Client != nil {
+		cfg = t.TLS.Client.Clone()
+	}
+	if cfg.ServerName == "" {
+		cfg.ServerName, _, _ = net.SplitHostPort(addr)
+	}
+	cfg.NextProtos, cfg.ClientSessionCache = []string{protocol}, t.sessions
+	local := &net.UDPAddr{}
+	if a.IP.IsLoopback() {
+		local.IP = a.IP
+	}
+	udp, err := net.ListenUDP("udp", local)
+	if err != nil {
+		return nil, err
+	}
+	tr := &quic.Transport{Conn: udp}
+	free := func() {
+		_ = tr.Close()
+		_ = udp.Close()
+	}
+	conf := config(false)
+	conf.TokenStore = t.tokens
+	q, err := tr.DialEarly(ctx, a, cfg, conf)
+	if err != nil {
+		free()
+		return nil, handshake(ctx, "source", err)
+	}
+	return &Conn{q: q, client: true, closed: free}, nil
+}
+
+// handshake says what a handshake failed of.
+func handshake(ctx context.Context, peer string, err error) error {
+	var transportErr *quic.TransportError
+	if ctx.Err() == nil && errors.As(err, &transportErr) && transportErr.ErrorCode.IsCryptoError() {
+		return transport.TLSError(peer, err)
+	}
+	return rpc.Gone(ctx, err)
+}
+
+// Open implements transport.Transport: two round trips, one where a session is resumed.
+func (t *Transport) Open(ctx context.Context, d transport.Dialer, o transport.Options) (region.Store, error) {
+	if o.Stream {
+		return nil, fmt.Errorf("open QUIC region %q: all requests on one stream: %w", o.Name, region.ErrNotSupported)
+	}
+	c, err := rpc.Open(ctx, o, rpc.Settings{Name: "QUIC", Connections: 1, Calls: rpc.SessionCalls}, func(ctx context.Context) (rpc.Conn, error) { return dial(ctx, d) })
+	if err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func dial(ctx context.Context, d transport.Dialer) (rpc.Conn, error) {
+	nc, err := d.Dial(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("dial: %w", err)
+	}
+	c, ok := nc.(*Conn)
+	if !ok {
+		nc.Close()
+		return nil, fmt.Errorf("QUIC over a connection of %s: %w", nc.RemoteAddr().Network(), region.ErrNotSupported)
+	}
+	return &conn{Conn: c}, nil
+}
+
+// conn is the client's side of one connection.
+type conn struct {
+	*Conn
+	mu sync.Mutex
+}
+
+// Resumed reports whether the connection's session was, with 0-RTT.
+func (c *Conn) Resumed() bool { return c.q.ConnectionState().Used0RTT }
+
+// Call implements rpc.Conn.
+func (c *conn) Call(ctx context.Context, q *rpc.Request, r *rpc.Reply) error {
+	c.mu.Lock()
+	now := c.q
+	c.mu.Unlock()
+	err := call(ctx, now, q, r)
+	if errors.Is(err, quic.Err0RTTRejected) { // the source has forgotten the session: nothing of it was done
+		c.mu.Lock()
+		var next *quic.Conn
+		if next, err = now.NextConnection(ctx); err == nil {
+			c.q, now = next, next
+		}
+		c.mu.Unlock()
+		if err == nil {
+			err = call(ctx, now, q, r)
+		}
+	}
+	switch {
+	case err == nil, ctx.Err() == nil && errors.Is(err, rpc.ErrProtocol):
+		return err
+	}
+	return handshake(ctx, "source", err)
+}
+
+func call(ctx context.Context, c *quic.Conn, q *rpc.Request, r *rpc.Reply) (err error) {
+	if q.Op != rpc.OpRead && (q.Op != rpc.OpOpen || q.Writer != "") && q.Op != rpc.OpExtents { // not in early data
+		select {
+		case <-c.HandshakeComplete():
+		case <-c.Context().Done():
+			return context.Cause(c.Context())
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	s, err := c.OpenStreamSync(ctx)
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() {
+		s.CancelRead(dropped)
+		s.CancelWrite(dropped)
+	})
+	defer func() {
+		stop()
+		if err != nil { // nobody waits for the rest
+			s.CancelRead(dropped)
+			s.CancelWrite(dropped)
+		}
+	}()
+	if _, err := s.Write(head(q.AppendHead, len(q.Data))); err != nil {
+		return err
+	}
+	if len(q.Data) > 0 {
+		if _, err := s.Write(q.Data); err != nil {
+			return err
+		}
+	}
+	if err := s.Close(); err != nil {
+		return err
+	}
+	in := bufio.NewReaderSize(s, 4096)
+	h, err := readHead(in)
+	if err != nil {
+		return err
+	}
+	into := r.Into
+	r.Into = nil
+	err = r.Decode(h)
+	r.Into = into
+	if err != nil {
+		return err
+	}
+	if r.Status == rpc.StatusOK && into != nil {
+		if _, err := io.ReadFull(in, into); err != nil {
+			return fmt.Errorf("data of %d bytes: %w", len(into), err)
+		}
+		r.Data = into
+	}
+	if _, err := in.ReadByte(); err != io.EOF {
+		if err == nil {
+			err = fmt.Errorf("bytes after a reply: %w", rpc.ErrProtocol)
+		}
+		return err
+	}
+	return nil
+}
+
+// head makes what precedes a message's n bytes of data. The data's tag, which the
+// head of a protocol buffer ends in, is left out.
+func head(appendHead func([]byte) []byte, n int) []byte {
+	b := appendHead(make([]byte, 4, 64))
+	if n > 0 {
+		b = b[:len(b)-1-uvarintLen(n)]
+	}
+	binary.BigEndian.PutUint32(b, uint32(len(b)-4))
+	return b
+}
+
+func uvarintLen(n int) int { return len(binary.AppendUvarint(nil, uint64(n))) }
+
+func readHead(in io.Reader) ([]byte, error) {
+	var l [4]byte
+	if _, err := io.ReadFull(in, l[:]); err != nil {
+		return nil, err
+	}
+	n := binary.BigEndian.Uint32(l[:])
+	if n > rpc.MaxHead {
+		return nil, fmt.Errorf("head of %d bytes, the limit is %d: %w", n, rpc.MaxHead, rpc.ErrProtocol)
+	}
+	h := make([]byte, n)
+	_, err := io.ReadFull(in, h)
+	return h, err
+}
+
+// Serve implements transport.Transport.
+func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports) error {
+	c, ok := nc.(*Conn)
+	if !ok {
+		nc.Close()
+		return fmt.Errorf("serve QUIC over a connection of %s: %w", nc.RemoteAddr().Network(), region.ErrNotSupported)
+	}
+	s := rpc.NewSession(e, func() { _ = c.q.CloseWithError(2, "no region opened in time") })
+	defer s.Close()
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { _ = c.q.CloseWithError(0, "") })()
+	var work sync.WaitGroup
+	defer work.Wait()
+	for {
+		st, err := c.q.AcceptStream(c.q.Context())
+		if err != nil {
+			var transportErr *quic.TransportError
+			if ctx.Err() == nil && errors.As(err, &transportErr) && transportErr.ErrorCode.IsCryptoError() {
+				return transport.TLSError("client", err)
+			}
+			return rpc.Ended(ctx, "QUIC", c.over(err))
+		}
+		work.Go(func() { answer(c.q, st, s) })
+	}
+}
+
+// answer serves one stream. Its errors are the stream's own.
+func answer(c *quic.Conn, st *quic.Stream, s *rpc.Session) {
+	done := false
+	defer func() {
+		if !done {
+			st.CancelRead(dropped)
+			st.CancelWrite(dropped)
+		}
+	}()
+	q := new(rpc.Request)
+	in := bufio.NewReaderSize(st, 1024)
+	h, err := readHead(in)
+	if err == nil {
+		err = q.Decode(h)
+	}
+	if err != nil {
+		return
+	}
+	ctx := st.Context() // ends when the client drops the stream
+	free, err := s.Admit(ctx, q)
+	if err != nil {
+		return
+	}
+	defer free()
+	if q.Op == rpc.OpWrite && q.Length > 0 && q.Length <= rpc.MaxData {
+		p, put := s.Buffer(int(q.Length))
+		defer put()
+		if _, err := io.ReadFull(in, p); err != nil {
+			return
+		}
+		q.Data = p
+	}
+	if q.Op != rpc.OpRead && q.Op != rpc.OpExtents && (q.Op != rpc.OpOpen || q.Writer != "") { // early data can be an attacker's repetition
+		select {
+		case <-c.HandshakeComplete():
+		case <-ctx.Done():
+			return
+		}
+	}
+	if _, err := in.ReadByte(); err != io.EOF {
+		return
+	}
+	r := s.Handle(ctx, q)
+	defer r.Release()
+	if _, err := st.Write(head(r.AppendHead, len(r.Data))); err != nil {
+		return
+	}
+	if len(r.Data) > 0 {
+		if _, err := st.Write(r.Data); err != nil {
+			return
+		}
+	}
+	done = st.Close() == nil
+}
