@@ -77,6 +77,7 @@ type Conn struct {
 
 	mu     sync.Mutex
 	stream *quic.Stream
+	lost   error // the peer is gone
 	end    sync.Once
 }
 
@@ -291,12 +292,50 @@ func (t *Transport) Dial(ctx context.Context, addr string) (net.Conn, error) {
 	}
 	conf := config(false)
 	conf.TokenStore = t.tokens
-	q, err := tr.DialEarly(ctx, a, cfg, conf)
+	c := &Conn{client: true}
+	dialling, refuse := context.WithCancelCause(ctx)
+	defer refuse(nil)
+	end, err := watch(a, func(err error) {
+		refuse(err)
+		c.lose(err)
+	})
 	if err != nil {
 		free()
+		return nil, err
+	}
+	c.closed = func() { end(); free() }
+	q, err := tr.DialEarly(dialling, a, cfg, conf)
+	if err == nil {
+		err = c.begin(q)
+	}
+	if err != nil {
+		c.closed()
+		if cause := context.Cause(dialling); ctx.Err() == nil && cause != nil {
+			return nil, cause
+		}
 		return nil, handshake(ctx, "source", err)
 	}
-	return &Conn{q: q, client: true, closed: free}, nil
+	return c, nil
+}
+
+// begin takes the connection, unless the peer is known to be gone.
+func (c *Conn) begin(q *quic.Conn) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.q = q; c.lost != nil {
+		_ = q.CloseWithError(1, "nobody listens")
+		return c.lost
+	}
+	return nil
+}
+
+// lose ends a connection whose peer is gone.
+func (c *Conn) lose(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.lost = err; c.q != nil {
+		_ = c.q.CloseWithError(1, "nobody listens")
+	}
 }
 
 // handshake says what a handshake failed of.
@@ -330,14 +369,11 @@ func dial(ctx context.Context, d transport.Dialer) (rpc.Conn, error) {
 		nc.Close()
 		return nil, fmt.Errorf("QUIC over a connection of %s: %w", nc.RemoteAddr().Network(), region.ErrNotSupported)
 	}
-	return &conn{Conn: c}, nil
+	return &conn{c}, nil
 }
 
 // conn is the client's side of one connection.
-type conn struct {
-	*Conn
-	mu sync.Mutex
-}
+type conn struct{ *Conn }
 
 // Resumed reports whether the connection's session was, with 0-RTT.
 func (c *Conn) Resumed() bool { return c.q.ConnectionState().Used0RTT }
@@ -386,7 +422,9 @@ func call(ctx context.Context, c *quic.Conn, q *rpc.Request, r *rpc.Reply) (err 
 	})
 	defer func() {
 		stop()
-		if err != nil { // nobody waits for the rest
+		// Nobody waits for the rest. A stream of rejected early data is not cancelled: that
+		// would meet the one of the same number that comes after it.
+		if err != nil && !errors.Is(err, quic.Err0RTTRejected) {
 			s.CancelRead(dropped)
 			s.CancelWrite(dropped)
 		}
