@@ -608,7 +608,7 @@ type Identities struct {
 func TLS(t *testing.T, f Factory, id Identities) {
 	ok := f.New(transport.TLS{Server: id.Server, Client: id.Client})
 	store := storetest.Seeded(region.Content{Seed: 7}, 1<<20)
-	try := func(t *testing.T, server, client *tls.Config) (err error, source string) {
+	try := func(t *testing.T, server, client *tls.Config) (source string, err error) {
 		goroutines := goleak.IgnoreCurrent()
 		defer goleak.VerifyNone(t, goroutines)
 		st := f.New(transport.TLS{Server: server})
@@ -633,12 +633,12 @@ func TLS(t *testing.T, f Factory, id Identities) {
 		if err != nil {
 			source = s.errors()
 		}
-		return err, source
+		return source, err
 	}
 	if ok.Name() == "" {
 		t.Error("no name")
 	}
-	if err, _ := try(t, id.Server, id.Client); err != nil {
+	if _, err := try(t, id.Server, id.Client); err != nil {
 		t.Fatalf("both sides right: %v", err)
 	}
 	_, quic := ok.(transport.Network)
@@ -664,7 +664,7 @@ func TLS(t *testing.T, f Factory, id Identities) {
 					c.says = "another CA"
 				}
 			}
-			err, source := try(t, c.server, c.client)
+			source, err := try(t, c.server, c.client)
 			if err == nil {
 				t.Fatal("no error")
 			}
