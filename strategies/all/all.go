@@ -48,7 +48,9 @@ func Registry() strategies.Registry {
 func TransportNames() []string { return []string{"nbd", "grpc", "drpc", "quic", "jsonrpc"} }
 
 // Transport returns a transport by name, without TLS, or an error that lists the valid names.
-func Transport(name string) (transport.Transport, error) { return SecureTransport(name, transport.TLS{}) }
+func Transport(name string) (transport.Transport, error) {
+	return SecureTransport(name, transport.TLS{})
+}
 
 // SecureTransport is Transport with the connections secured by t.
 func SecureTransport(name string, t transport.TLS) (transport.Transport, error) {
