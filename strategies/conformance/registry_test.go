@@ -9,7 +9,6 @@ import (
 	"memsync/strategies/all"
 	"memsync/strategies/conformance"
 	"memsync/strategies/region"
-	"memsync/strategies/transport"
 	"memsync/strategies/transport/nbd"
 )
 
