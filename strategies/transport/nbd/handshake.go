@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"memsync/strategies/region"
+	"memsync/strategies/transport"
 )
 
 // Export is what a server says about an export when it is opened.
@@ -226,7 +227,7 @@ func (l *link) startTLS(ctx context.Context, cfg *tls.Config) error {
 	}
 	t := tls.Client(l.out, cfg)
 	if err := t.HandshakeContext(ctx); err != nil {
-		return fmt.Errorf("TLS: %w", err)
+		return transport.TLSError("source", err)
 	}
 	l.conn = t
 	return nil

@@ -337,7 +337,7 @@ func (s *session) startTLS(ctx context.Context, out, data []byte) ([]byte, error
 	s.l.consume(len(early))
 	t := tls.Server(&earlyConn{s.l.out, early}, s.t.ServerTLS)
 	if err := t.HandshakeContext(ctx); err != nil {
-		return nil, fmt.Errorf("TLS: %w", err)
+		return nil, transport.TLSError("client", err)
 	}
 	s.l.conn = t
 	s.tls, s.style, s.metaFor, s.hasStore = true, simple, nil, false

@@ -115,3 +115,7 @@ func TestSuite(t *testing.T) {
 		t.Run(name, func(t *testing.T) { transporttest.Run(t, factory(o)) })
 	}
 }
+
+func TestTLS(t *testing.T) {
+	transporttest.TLS(t, factory(transport.Options{Connections: 2}), transporttest.NewIdentities(t))
+}
