@@ -271,6 +271,10 @@ func (c *Cell) whole(info strategies.Info, program bool) error {
 	switch {
 	case c.Transport != "local" && only != nil && !slices.Contains(only, c.Transport):
 		return fmt.Errorf("strategy %s speaks its own protocol and has no transport %s; it goes with: %s: %w", c.Strategy, c.Transport, strings.Join(only, ", "), region.ErrNotSupported)
+	case (c.Op == OpSync || c.Op == OpMigrate) && c.params.Has("tls") && c.params.Bool("tls"):
+		return fmt.Errorf("op %s has no TLS: %w", c.Op, region.ErrNotSupported)
+	case only != nil && c.params.Has("tls") && c.params.Bool("tls"):
+		return fmt.Errorf("strategy %s speaks its own protocol, without TLS: %w", c.Strategy, region.ErrNotSupported)
 	case program && c.Transport == "local":
 		return fmt.Errorf("strategy %s has a server of its own and no transport local: %w", c.Strategy, region.ErrNotSupported)
 	case program && c.Backend != "file":

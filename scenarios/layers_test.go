@@ -49,6 +49,7 @@ var layers = []struct {
 	{"strategies/transport/nbd", 8, false},
 	{"strategies/transport", 9, false},
 	{"strategies/transport/flow", 12, false},
+	{"strategies/transport/cert", 12, false},
 	{"strategies/chunk", 10, false},
 	{"strategies/delta", 10, false},
 	{"strategies/hash", 10, false},

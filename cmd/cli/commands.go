@@ -15,7 +15,7 @@ import (
 func commands(s *state) []*cobra.Command {
 	return []*cobra.Command{
 		newListCmd(s), newMeasureCmd(s), newRunCmd(s), newPlotCmd(s), newCompareCmd(s), newMergeCmd(s), newClaimsCmd(s), newReportCmd(s), newCleanCmd(s),
-		newDoctorCmd(s), newLabCmd(s), newServeCmd(s), newSnapshotCmd(s),
+		newDoctorCmd(s), newLabCmd(s), newServeCmd(s), newCertsCmd(s), newSnapshotCmd(s),
 	}
 }
 

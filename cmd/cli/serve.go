@@ -18,6 +18,7 @@ import (
 	"memsync/strategies/backend"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
+	"memsync/strategies/transport/cert"
 	"memsync/strategies/transport/nbd"
 )
 
@@ -31,6 +32,7 @@ type serveOptions struct {
 	readOnly    bool
 	insecure    bool
 	connections int
+	tls         string
 }
 
 func newServeCmd(s *state) *cobra.Command {
@@ -50,6 +52,7 @@ client flushed is on disk. Runs until SIGINT or SIGTERM, and then exits with 130
 		Example: `  memsync serve disk.img
   memsync serve a=disk.img b=/dev/vdb --read-only --listen 127.0.0.1:0
   memsync serve disk.img --listen unix:/run/memsync.sock
+  memsync serve disk.img --listen 10.0.0.1:10809 --tls /etc/memsync/tls
   memsync serve disk.img --listen 10.0.0.1:10809 --insecure`,
 		RunE: func(_ *cobra.Command, args []string) error { return serve(s, o, args) },
 	}
@@ -57,6 +60,7 @@ client flushed is on disk. Runs until SIGINT or SIGTERM, and then exits with 130
 	f.StringVar(&o.listen, "listen", "127.0.0.1:"+nbdPort, "`ADDR` to answer on: HOST:PORT (port 0: a free one) or unix:PATH")
 	f.BoolVar(&o.readOnly, "read-only", false, "refuse writes; FILE needs to be readable only")
 	f.BoolVar(&o.insecure, "insecure", false, "answer on an address that is not loopback, without TLS: whoever reaches it can read and write")
+	f.StringVar(&o.tls, "tls", "", "insist on TLS 1.3 and on a certificate of each client, with ca-cert.pem, server-cert.pem and server-key.pem of `DIR` (memsync certs), which are read anew when they change")
 	f.IntVar(&o.connections, "connections", 64, "connections at once, 1 to 4096; each costs at most 64 MiB of buffers, so 64 bad clients at most 4 GiB in all")
 	return c
 }
@@ -68,9 +72,16 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 	if o.connections < 1 || o.connections > 4096 {
 		return exitWith(exitUsage, fmt.Errorf("--connections %d: want 1 to 4096", o.connections))
 	}
-	network, addr, err := listenAddress(s.ctx, o.listen, o.insecure)
+	network, addr, err := listenAddress(s.ctx, o.listen, o.insecure || o.tls != "")
 	if err != nil {
 		return exitWith(exitUsage, fmt.Errorf("--listen %s: %w", o.listen, err))
+	}
+	t := &nbd.Transport{}
+	if o.tls != "" {
+		if t.ServerTLS, err = cert.ServerConfig(o.tls); err != nil {
+			return exitWith(exitUsage, fmt.Errorf("--tls %s: %w", o.tls, err))
+		}
+		t.RequireTLS = true
 	}
 	var exports transport.Named
 	defer func() {
@@ -110,10 +121,9 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 		return exitWith(exitFailed, err)
 	}
 	for _, e := range exports {
-		fmt.Fprintf(s.stdout, "%s\t%d\t%s\n", e.Name, e.Store.Size(), exportURI(l.Addr(), e.Name))
+		fmt.Fprintf(s.stdout, "%s\t%d\t%s\n", e.Name, e.Store.Size(), exportURI(l.Addr(), e.Name, o.tls != ""))
 	}
 	fmt.Fprintf(s.stderr, "serving %d regions on %s\n", len(exports), l.Addr())
-	t := &nbd.Transport{}
 	leases := transport.NewLeases(exports)
 	err = transport.Accept(s.ctx, l, o.connections, func(ctx context.Context, c net.Conn) {
 		peer := c.RemoteAddr()
@@ -175,16 +185,19 @@ func listenAddress(ctx context.Context, s string, insecure bool) (network, addr 
 		host = ips[0].String()
 	}
 	if !ip.IsLoopback() && !insecure {
-		return "", "", errors.New("the address is not loopback and there is no TLS: whoever reaches it could read and write. Use a loopback address with a tunnel, or --insecure")
+		return "", "", errors.New("the address is not loopback and there is no TLS: whoever reaches it could read and write. Use --tls DIR, a loopback address with a tunnel, or --insecure")
 	}
 	return "tcp", net.JoinHostPort(host, port), nil
 }
 
 // exportURI is how clients name the region (doc/uri.md of the NBD project).
-func exportURI(a net.Addr, name string) string {
+func exportURI(a net.Addr, name string, secure bool) string {
 	u := url.URL{Scheme: "nbd", Host: a.String(), Path: "/" + name}
+	if secure {
+		u.Scheme = "nbds"
+	}
 	if a.Network() == "unix" {
-		u.Scheme, u.Host = "nbd+unix", ""
+		u.Scheme, u.Host = u.Scheme+"+unix", ""
 		u.RawQuery = "socket=" + url.QueryEscape(a.String())
 	}
 	return u.String()

@@ -68,7 +68,8 @@ func serving(t *testing.T, dir string, args ...string) (c *command, uris map[str
 }
 
 func address(uri string) string {
-	return strings.SplitN(strings.TrimPrefix(uri, "nbd://"), "/", 2)[0]
+	_, rest, _ := strings.Cut(uri, "://")
+	return strings.SplitN(rest, "/", 2)[0]
 }
 
 // image makes a file with a hole in the middle.

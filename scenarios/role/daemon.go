@@ -17,6 +17,7 @@ import (
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
+	"memsync/strategies/transport/cert"
 )
 
 // MountArgs says what to mount and where the source is.
@@ -134,7 +135,14 @@ func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.
 			r.local = backend.Delayed{Store: r.local, RTT: time.Duration(a.Setup.Sleep)}
 		}
 	} else {
-		if r.transport, err = all.Transport(a.Setup.Transport); err != nil {
+		var security transport.TLS
+		if params.Bool("tls") {
+			host, _, _ := net.SplitHostPort(a.Source)
+			if security.Client, err = cert.ClientConfig(a.Setup.certificateDir(), host); err != nil {
+				return nil, nil, err
+			}
+		}
+		if r.transport, err = all.SecureTransport(a.Setup.Transport, security); err != nil {
 			return nil, nil, err
 		}
 		r.options = all.TransportOptions(params)

@@ -3,10 +3,13 @@ package role
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
+	"time"
 
 	"memsync/strategies"
 	"memsync/strategies/all"
@@ -15,6 +18,7 @@ import (
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
+	"memsync/strategies/transport/cert"
 )
 
 // Setup is what the roles must know of a cell.
@@ -43,6 +47,26 @@ func (s Setup) Resolve(known strategies.Registry) (strategies.Strategy, param.Va
 	v, err := param.New(all.Specs(st, s.Device, s.Transport, s.Backend.Backend), s.Settings)
 	return st, v, err
 }
+
+// certificates makes those of the run, for a source at host, where the daemon finds its own.
+func (s Setup) certificates(host string) (*tls.Config, error) {
+	dir := s.certificateDir()
+	a, err := cert.OpenAuthority(dir, certificateLife)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range []string{cert.Server, cert.Client} {
+		if _, err := a.Issue(name, []string{host}, certificateLife); err != nil {
+			return nil, err
+		}
+	}
+	return cert.ServerConfig(dir)
+}
+
+// certificateLife is longer than any run.
+const certificateLife = 24 * time.Hour
+
+func (s Setup) certificateDir() string { return filepath.Join(s.Dir, "certificates") }
 
 // Listening says where a source answers.
 type Listening struct {
@@ -121,7 +145,13 @@ func (s *source) serve(ctx context.Context, st strategies.Strategy, host string,
 		}
 		return s.own.Addr(), nil
 	}
-	tr, err := all.Transport(s.setup.Transport)
+	var security transport.TLS
+	if params.Bool("tls") {
+		if security.Server, err = s.setup.certificates(host); err != nil {
+			return "", err
+		}
+	}
+	tr, err := all.SecureTransport(s.setup.Transport, security)
 	if err != nil {
 		return "", err
 	}

@@ -76,6 +76,7 @@ func transportParams(name string) []param.Spec {
 		specs = rpc.Params(name)
 	}
 	return append(specs,
+		param.Spec{Name: "tls", Kind: param.KindBool, Default: "false", Doc: "mutual TLS 1.3 between daemon and source, with certificates that are made for the run"},
 		param.Spec{Name: "pool", Kind: param.KindInt, Default: "0", Max: 16, Doc: "another name of connections, which it comes before"})
 }
 
