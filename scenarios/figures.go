@@ -35,6 +35,7 @@ func Figures() []Figure {
 		hashsyncFigures(),
 		migrationFigures(),
 		snapshotFigures(),
+		transportFigures(),
 	)
 }
 
