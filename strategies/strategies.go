@@ -117,7 +117,8 @@ type Server interface {
 // Beside is what a Remote may also be: one whose source has regions beside the
 // one that Open opens. OpenBeside opens the one whose name is that region's with
 // suffix behind it, on one connection, read-only unless writable is set (no lease is
-// asked for); region.ErrMissing where there is none. The caller closes it.
+// asked for); region.ErrMissing where there is none. A request may wait at the source
+// for another one (transport.Options.Together). The caller closes it.
 type Beside interface {
 	OpenBeside(ctx context.Context, suffix string, writable bool) (region.Store, error)
 }

@@ -94,7 +94,7 @@ func (r remote) OpenBeside(ctx context.Context, suffix string, writable bool) (r
 		return nil, fmt.Errorf("transport local has nothing beside the region: %w", region.ErrNotSupported)
 	}
 	o := r.options
-	o.Name, o.Connections, o.ReadOnly, o.Writer = o.Name+suffix, 1, !writable, ""
+	o.Name, o.Connections, o.ReadOnly, o.Writer, o.Together = o.Name+suffix, 1, !writable, "", true
 	return r.transport.Open(ctx, r.dialer, o)
 }
 

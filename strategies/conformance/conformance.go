@@ -120,7 +120,7 @@ func (r remote) OpenBeside(ctx context.Context, suffix string, writable bool) (r
 	if r.f.Transport == nil {
 		return nil, region.ErrNotSupported
 	}
-	return r.f.Transport.Open(ctx, transport.DialFunc(r.Dial), transport.Options{Name: "region" + suffix, Connections: 1, ReadOnly: !writable})
+	return r.f.Transport.Open(ctx, transport.DialFunc(r.Dial), transport.Options{Name: "region" + suffix, Connections: 1, ReadOnly: !writable, Together: true})
 }
 
 // Dial implements strategies.Remote.

@@ -57,6 +57,9 @@ type Options struct {
 	// and refuses nothing: see region.Epocher.
 	Writer string
 	Window int64 // bytes of background requests in flight; 0: the transport chooses
+	// Together is for a source that may answer a request only once it has another one:
+	// there are several under way on each connection, whatever Calls and Stream say.
+	Together bool
 	// The rest is for transports of remote procedure calls; NBD does not look at it.
 	Calls   int   // requests under way on one connection; 0: the transport chooses, 1: one at a time
 	Message int64 // bytes of data in one request at most; 0: the transport chooses

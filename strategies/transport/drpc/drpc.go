@@ -52,10 +52,11 @@ func manager() drpcmanager.Options {
 // Open implements transport.Transport: two round trips, one more with TLS.
 func (t *Transport) Open(ctx context.Context, d transport.Dialer, o transport.Options) (region.Store, error) {
 	set := rpc.Settings{Name: "dRPC", Connections: 16, Calls: 1, MaxCalls: 1}
-	if o.Stream {
+	stream := o.Stream || o.Together
+	if stream {
 		set = rpc.Settings{Name: "dRPC", Connections: 2, Calls: rpc.SessionCalls}
 	}
-	c, err := rpc.Open(ctx, o, set, func(ctx context.Context) (rpc.Conn, error) { return t.dial(ctx, d, o.Stream) })
+	c, err := rpc.Open(ctx, o, set, func(ctx context.Context) (rpc.Conn, error) { return t.dial(ctx, d, stream) })
 	if err != nil {
 		return nil, err
 	}

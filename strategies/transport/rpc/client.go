@@ -91,7 +91,7 @@ func Open(ctx context.Context, o transport.Options, set Settings, dial func(cont
 	if n == 0 {
 		n = set.Connections
 	}
-	if calls == 0 {
+	if calls == 0 || o.Together {
 		calls = set.Calls
 	}
 	if message == 0 {

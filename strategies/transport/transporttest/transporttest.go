@@ -458,6 +458,48 @@ func (f suite) TestLease(t *testing.T) {
 	}
 }
 
+// mailbox is a store whose reads wait for a write.
+type mailbox struct {
+	*storetest.Bytes
+	once    sync.Once
+	written chan struct{}
+}
+
+func (m *mailbox) ReadAt(ctx context.Context, p []byte, off int64) error {
+	select {
+	case <-m.written:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return m.Bytes.ReadAt(ctx, p, off)
+}
+
+func (m *mailbox) WriteAt(ctx context.Context, p []byte, off int64) error {
+	defer m.once.Do(func() { close(m.written) })
+	return m.Bytes.WriteAt(ctx, p, off)
+}
+
+// TestTogether: a request that the source answers only once it has had another does not
+// stand in that one's way on the one connection, whatever else the options say.
+func (f suite) TestTogether(t *testing.T) {
+	store := &mailbox{Bytes: storetest.New(make([]byte, 1<<20)), written: make(chan struct{})}
+	c, s := f.pair(t, transport.One{Store: store}, func(o *transport.Options) { o.Connections, o.Together = 1, true })
+	ctx := within(t, patience)
+	p, read := make([]byte, 5), make(chan error, 1)
+	go func() { read <- c.ReadAt(ctx, p, 7) }()
+	select {
+	case err := <-read:
+		t.Fatalf("a read that must wait: %v", err)
+	case <-time.After(20 * time.Millisecond): // so that it is the first, as a rule
+	}
+	if err := c.WriteAt(ctx, []byte("there"), 7); err != nil {
+		t.Error(err)
+	}
+	if err := <-read; err != nil || string(p) != "there" {
+		t.Errorf("%q, %v; source: %s", p, err, s.errors())
+	}
+}
+
 // offers is a store with more to offer.
 type offers struct {
 	*storetest.Bytes
@@ -626,7 +668,7 @@ func TLS(t *testing.T, f Factory, id Identities) {
 				err = cerr
 			}
 		}
-		if d := time.Since(began); d > 12*time.Second {
+		if d := time.Since(began); d > 18*time.Second {
 			t.Errorf("took %v", d)
 		}
 		s.stop()
