@@ -10,9 +10,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"os"
 	"reflect"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,6 +20,7 @@ import (
 	"go.uber.org/goleak"
 
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 	"memsync/strategies/storetest"
 	"memsync/strategies/transport"
 )
@@ -147,22 +146,9 @@ func (f Factory) pair(t *testing.T, e transport.Exports, change func(*transport.
 	return c, s
 }
 
-func seed(t *testing.T) uint64 {
-	s := rand.Uint64N(1 << 32)
-	if v := os.Getenv("TEST_SEED"); v != "" {
-		n, err := strconv.ParseUint(v, 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		s = n
-	}
-	t.Logf("TEST_SEED=%d", s)
-	return s
-}
-
 // TestModel runs a random program of reads, writes and flushes beside a plain slice.
 func (f suite) TestModel(t *testing.T) {
-	rnd := rand.New(rand.NewPCG(seed(t), 1))
+	rnd := rand.New(rand.NewPCG(replay.Seed(t), 1))
 	for _, size := range []int64{1, 4095, 4096, 65537, 5<<20 + 3} {
 		content := region.Content{Seed: rnd.Uint64()}
 		store := storetest.Seeded(content, size)
@@ -593,7 +579,7 @@ func (f suite) TestGarbage(t *testing.T) {
 		t.Skip("connections are the library's own: what is no packet of theirs it drops")
 	}
 	s := serve(t, tr, transport.One{Store: storetest.New(make([]byte, 4096))})
-	rnd := rand.New(rand.NewPCG(seed(t), 1))
+	rnd := rand.New(rand.NewPCG(replay.Seed(t), 1))
 	for i := range 40 {
 		c, err := net.Dial("tcp", s.addr)
 		if err != nil {
