@@ -37,9 +37,9 @@ func TestServeTLS(t *testing.T) {
 			}
 		}
 	}
-	authority(tls, time.Minute)
+	authority(tls, 30*time.Minute)
 	other := filepath.Join(dir, "other")
-	authority(other, time.Minute)
+	authority(other, 30*time.Minute)
 	c, uri := serving(t, dir, "one", "--tls="+tls)
 	addr := address(uri["one"])
 	with := func(certificates string) string {
@@ -99,7 +99,7 @@ func TestServeTLS(t *testing.T) {
 		if err := open(tls); err == nil {
 			t.Error("an expired certificate was accepted")
 		}
-		authority(tls, time.Minute)
+		authority(tls, 30*time.Minute)
 		if err := open(tls); err != nil {
 			t.Error(err)
 		}
@@ -116,7 +116,7 @@ func TestServeTLS(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
-		for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
 			if _, err := os.Stat(sock); err == nil {
 				break
 			} else if time.Now().After(end) {
@@ -138,5 +138,5 @@ func TestServeTLS(t *testing.T) {
 		}
 	})
 	c.signal(c.cmd.Process.Pid, unix.SIGTERM)
-	c.exit(130, 5*time.Second)
+	c.exit(130, patience)
 }

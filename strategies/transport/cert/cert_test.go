@@ -25,7 +25,7 @@ func authority(t *testing.T) (string, *Authority) {
 func issue(t *testing.T, a *Authority) {
 	t.Helper()
 	for _, name := range []string{Server, Client} {
-		if _, err := a.Issue(name, []string{"127.0.0.1", "source.example"}, time.Minute); err != nil {
+		if _, err := a.Issue(name, []string{"127.0.0.1", "source.example"}, 30*time.Minute); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -36,7 +36,7 @@ func handshake(server, client *tls.Config) (serial string, err error) {
 	a, b := net.Pipe()
 	defer a.Close()
 	defer b.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	s, c := tls.Server(a, server), tls.Client(b, client)
 	done := make(chan error, 1)

@@ -34,7 +34,7 @@ func TestResume(t *testing.T) {
 	tr := &Transport{}
 	open := func(addr, writer string) *Conn {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		var c *Conn
 		d := transport.DialFunc(func(ctx context.Context) (net.Conn, error) {
@@ -93,7 +93,7 @@ func TestResume(t *testing.T) {
 		}
 	}
 	stop()
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) { // the port comes free a little later
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) { // the port comes free a little later
 		if l, err := net.ListenPacket("udp", addr); err == nil {
 			l.Close()
 			break

@@ -26,10 +26,10 @@ func NewIdentities(t *testing.T) (id Identities) {
 		t.Fatal(err)
 	}
 	id.ServerExpired, id.Expired = issued(t, a, dir, "127.0.0.1", -time.Second)
-	id.ServerElsewhere, _ = issued(t, a, dir, "elsewhere.example", time.Minute)
-	id.Server, id.Client = issued(t, a, dir, "127.0.0.1", time.Minute)
+	id.ServerElsewhere, _ = issued(t, a, dir, "elsewhere.example", time.Hour)
+	id.Server, id.Client = issued(t, a, dir, "127.0.0.1", time.Hour)
 	id.Nameless = &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: id.Client.RootCAs, ServerName: "127.0.0.1"}
-	id.ServerOther, id.Other = sides("other", "127.0.0.1", time.Minute)
+	id.ServerOther, id.Other = sides("other", "127.0.0.1", time.Hour)
 	id.Other.RootCAs = id.Client.RootCAs // it knows the source; the source does not know it
 	return id
 }

@@ -3,7 +3,6 @@ package transporttest
 import (
 	"context"
 	"testing"
-	"time"
 
 	"memsync/strategies/transport/rpc"
 )
@@ -12,7 +11,7 @@ import (
 // dial makes, and returns the first error.
 func Oversize(t *testing.T, dial func(context.Context) (rpc.Conn, error), n int64) error {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	for _, q := range []*rpc.Request{{Op: rpc.OpRead, Length: n}, {Op: rpc.OpWrite, Length: n, Data: make([]byte, n)}} {
 		c, err := dial(ctx)

@@ -62,7 +62,8 @@ func within(t *testing.T, d time.Duration) context.Context {
 	return ctx
 }
 
-const patience = 20 * time.Second
+// patience is for what must succeed, with the race detector on a busy machine too.
+const patience = time.Minute
 
 // source answers on loopback until the test ends.
 type source struct {
@@ -331,7 +332,7 @@ func (f suite) TestCancel(t *testing.T) {
 			}
 			began := time.Now()
 			wg.Wait()
-			if d := time.Since(began); d > 5*time.Second {
+			if d := time.Since(began); d > patience/2 {
 				t.Fatalf("%s: ended %v after its deadline", kind, d)
 			}
 			cancel()
@@ -654,7 +655,7 @@ func TLS(t *testing.T, f Factory, id Identities) {
 				err = cerr
 			}
 		}
-		if d := time.Since(began); d > 18*time.Second {
+		if d := time.Since(began); d > patience/2 {
 			t.Errorf("took %v", d)
 		}
 		s.stop()
