@@ -96,6 +96,10 @@ func TestHung(t *testing.T) {
 	if err := unix.Kill(p.PID(), unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	// Its threads stop one after the other.
+	if err := unix.Waitid(unix.P_PID, p.PID(), nil, unix.WSTOPPED|unix.WNOWAIT, nil); err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
 	defer cancel()
 	if _, err := p.Ask(ctx, "hello", none{}, nil); !errors.Is(err, context.DeadlineExceeded) {

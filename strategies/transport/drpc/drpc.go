@@ -12,6 +12,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 
 	"storj.io/drpc"
 	"storj.io/drpc/drpcconn"
@@ -39,8 +40,7 @@ var _ transport.Transport = (*Transport)(nil)
 // Name is "drpc".
 func (*Transport) Name() string { return "drpc" }
 
-// manager are the settings of both sides. A call that is given up does not cost
-// the connection.
+// manager are the settings of both sides. The source learns of a call that is given up.
 func manager() drpcmanager.Options {
 	return drpcmanager.Options{
 		WriterBufferSize: 64 << 10, SoftCancel: true,
@@ -64,55 +64,91 @@ func (t *Transport) Open(ctx context.Context, d transport.Dialer, o transport.Op
 }
 
 func (t *Transport) dial(ctx context.Context, d transport.Dialer, stream bool) (rpc.Conn, error) {
-	one := func(ctx context.Context) (*drpcconn.Conn, error) {
+	one := func(ctx context.Context) (*link, error) {
 		nc, err := rpc.Dial(ctx, d, t.TLS, "memsync-drpc")
 		if err != nil {
 			return nil, err
 		}
-		return drpcconn.NewWithOptions(nc, drpcconn.Options{Manager: manager()}), nil
+		l := &link{Conn: nc}
+		l.rpc = drpcconn.NewWithOptions(l, drpcconn.Options{Manager: manager()})
+		return l, nil
 	}
-	c, err := one(ctx)
+	l, err := one(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if !stream {
-		return &conn{dial: one, c: c}, nil
+		return &conn{dial: one, l: l}, nil
 	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // the stream outlives its opening
-	s, err := c.NewStream(ctx, pipeMethod, encoding{})
+	s, err := l.rpc.NewStream(ctx, pipeMethod, encoding{})
 	if err != nil {
 		cancel()
-		_ = c.Close()
+		_ = l.rpc.Close()
 		return nil, rpc.Gone(ctx, err)
 	}
-	return rpc.NewPipe(&pipe{s: s, cancel: cancel, c: c}), nil
+	return rpc.NewPipe(&pipe{s: s, cancel: cancel, c: l.rpc}), nil
 }
 
-// conn is one connection, with a call for each request. A call that is given up
-// in the middle of a message costs the library its connection; the next one makes
-// another, and opens the same region there.
+// link is a connection to a source, with the library's client on it.
+type link struct {
+	net.Conn
+	rpc  *drpcconn.Conn
+	sent atomic.Pointer[chan struct{}] // closed by the next Write
+}
+
+// Write implements net.Conn.
+func (l *link) Write(p []byte) (int, error) {
+	if s := l.sent.Swap(nil); s != nil {
+		close(*s)
+	}
+	return l.Conn.Write(p)
+}
+
+// call carries out one request. whole says that ctx did not end meanwhile, so that
+// the link may be used again.
+//
+// The library tells the source of a call that is given up, also where nothing of the
+// call was sent yet; after an end without a beginning the source reads nothing more, not
+// even the connection's end (v1.0.0, Manager.manageReader). So it hears of ctx once the
+// call is on its way, which nothing keeps it from.
+func (l *link) call(ctx context.Context, q *rpc.Request, r *rpc.Reply) (whole bool, err error) {
+	call, giveUp := context.WithCancel(context.WithoutCancel(ctx))
+	defer giveUp()
+	sent := make(chan struct{})
+	l.sent.Store(&sent)
+	stop := context.AfterFunc(ctx, func() {
+		select {
+		case <-sent:
+			giveUp()
+		case <-call.Done():
+		}
+	})
+	err = l.rpc.Invoke(call, callMethod, encoding{}, q, r)
+	return stop(), err
+}
+
+// conn is one connection, with a call for each request. After a call that was given up
+// the next one makes another connection and opens the same region there, since the
+// library ends the old one, a little later, where it was in the middle of a message. The
+// old one is closed when the new one is open, so that a lease to write goes on.
 type conn struct {
-	dial func(ctx context.Context) (*drpcconn.Conn, error)
+	dial func(ctx context.Context) (*link, error)
 
 	mu      sync.Mutex
-	c       *drpcconn.Conn
-	givenUp bool // a call was, on c
+	l       *link
+	givenUp bool // a call was, on l
 	closed  bool
 	open    rpc.Request // the first
 	opened  rpc.Reply
 }
 
 // current returns the connection to use.
-func (c *conn) current(ctx context.Context) (*drpcconn.Conn, error) {
+func (c *conn) current(ctx context.Context) (*link, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	select {
-	case <-c.c.Closed():
-	default:
-		return c.c, nil
-	}
 	if !c.givenUp || c.closed {
-		return c.c, nil // which says what happened to it
+		return c.l, nil // which says what happened to it
 	}
 	next, err := c.dial(ctx)
 	if err != nil {
@@ -120,52 +156,53 @@ func (c *conn) current(ctx context.Context) (*drpcconn.Conn, error) {
 	}
 	var r rpc.Reply
 	q := c.open
-	if err = next.Invoke(ctx, callMethod, encoding{}, &q, &r); err == nil {
+	if _, err = next.call(ctx, &q, &r); err == nil {
 		err = r.Err()
 	}
 	if err == nil && (r.Size != c.opened.Size || r.Epoch != c.opened.Epoch) {
 		err = fmt.Errorf("the region has changed: %w", region.ErrMismatch)
 	}
 	if err != nil {
-		_ = next.Close()
+		_ = next.rpc.Close()
 		return nil, err
 	}
-	c.c, c.givenUp = next, false
+	_ = c.l.rpc.Close()
+	c.l, c.givenUp = next, false
 	return next, nil
 }
 
 // Call implements rpc.Conn.
 func (c *conn) Call(ctx context.Context, q *rpc.Request, r *rpc.Reply) error {
-	now, err := c.current(ctx)
-	if err == nil {
-		err = now.Invoke(ctx, callMethod, encoding{}, q, r)
+	if err := ctx.Err(); err != nil {
+		return err
 	}
-	switch {
-	case err == nil && q.Op == rpc.OpOpen:
-		c.mu.Lock()
+	whole := true
+	l, err := c.current(ctx)
+	if err == nil {
+		whole, err = l.call(ctx, q, r)
+	}
+	c.mu.Lock()
+	if err == nil && q.Op == rpc.OpOpen {
 		c.open, c.opened = *q, *r
-		c.mu.Unlock()
-		return nil
-	case err == nil:
-		return nil
-	case ctx.Err() != nil:
-		c.mu.Lock()
-		c.givenUp = true
-		c.mu.Unlock()
-		return ctx.Err()
-	case errors.Is(err, rpc.ErrProtocol), drpc.ProtocolError.Has(err):
+	}
+	c.givenUp = c.givenUp || !whole
+	c.mu.Unlock()
+	if err != nil && rpc.Over(ctx) == nil && (errors.Is(err, rpc.ErrProtocol) || drpc.ProtocolError.Has(err)) {
 		return fmt.Errorf("%w: %w", rpc.ErrProtocol, err)
 	}
-	return rpc.Gone(ctx, err)
+	if err != nil {
+		return rpc.Gone(ctx, err)
+	}
+	return nil
 }
 
 // Close implements rpc.Conn. The library's goodbye may meet a broken connection.
 func (c *conn) Close() error {
 	c.mu.Lock()
 	c.closed = true
-	now := c.c
+	now := c.l
 	c.mu.Unlock()
-	_ = now.Close()
+	_ = now.rpc.Close()
 	return nil
 }
 

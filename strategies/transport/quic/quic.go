@@ -73,6 +73,7 @@ func (*Transport) Name() string { return "quic" }
 type Conn struct {
 	q      *quic.Conn
 	client bool
+	early  gate
 	closed func() // gives the socket back
 
 	mu     sync.Mutex
@@ -89,7 +90,7 @@ func (c *Conn) first() (*quic.Stream, error) {
 	defer c.mu.Unlock()
 	var err error
 	if c.stream == nil && c.client {
-		c.stream, err = c.q.OpenStreamSync(c.q.Context())
+		c.stream, err = c.early.open(c.q.Context(), c.q, false)
 	} else if c.stream == nil {
 		c.stream, err = c.q.AcceptStream(c.q.Context())
 	}
@@ -180,6 +181,46 @@ func config(server bool) *quic.Config {
 	return c
 }
 
+// sessions gives each connection a copy of its own: both the library and package tls
+// write to a session that they resume, and connections are opened together.
+type sessions struct{ tls.ClientSessionCache }
+
+// Get implements tls.ClientSessionCache.
+func (s *sessions) Get(key string) (*tls.ClientSessionState, bool) {
+	c, ok := s.ClientSessionCache.Get(key)
+	if !ok || c == nil {
+		return nil, false
+	}
+	c, err := copied(c)
+	return c, err == nil // without a session there is a full handshake
+}
+
+// Put implements tls.ClientSessionCache.
+func (s *sessions) Put(key string, c *tls.ClientSessionState) {
+	var err error
+	if c != nil {
+		c, err = copied(c)
+	}
+	if err == nil {
+		s.ClientSessionCache.Put(key, c)
+	}
+}
+
+func copied(c *tls.ClientSessionState) (*tls.ClientSessionState, error) {
+	ticket, state, err := c.ResumptionState()
+	if err != nil {
+		return nil, err
+	}
+	b, err := state.Bytes()
+	if err != nil {
+		return nil, err
+	}
+	if state, err = tls.ParseSessionState(b); err != nil {
+		return nil, err
+	}
+	return tls.NewResumptionState(ticket, state)
+}
+
 // listener is a UDP socket that answers.
 type listener struct {
 	udp   *net.UDPConn
@@ -263,7 +304,7 @@ func ownCertificate() (*tls.Config, error) {
 // Dial implements transport.Network: one round trip, none where a session is resumed.
 func (t *Transport) Dial(ctx context.Context, addr string) (net.Conn, error) {
 	t.once.Do(func() {
-		t.sessions, t.tokens = tls.NewLRUClientSessionCache(16), quic.NewLRUTokenStore(16, 4)
+		t.sessions, t.tokens = &sessions{tls.NewLRUClientSessionCache(16)}, quic.NewLRUTokenStore(16, 4)
 	})
 	a, err := net.ResolveUDPAddr("udp", addr)
 	if err != nil {
@@ -276,7 +317,8 @@ func (t *Transport) Dial(ctx context.Context, addr string) (net.Conn, error) {
 	if cfg.ServerName == "" {
 		cfg.ServerName, _, _ = net.SplitHostPort(addr)
 	}
-	cfg.NextProtos, cfg.ClientSessionCache = []string{protocol}, t.sessions
+	c := &Conn{client: true}
+	cfg.NextProtos, cfg.ClientSessionCache, cfg.KeyLogWriter = []string{protocol}, t.sessions, &c.early
 	local := &net.UDPAddr{}
 	if a.IP.IsLoopback() {
 		local.IP = a.IP
@@ -292,7 +334,6 @@ func (t *Transport) Dial(ctx context.Context, addr string) (net.Conn, error) {
 	}
 	conf := config(false)
 	conf.TokenStore = t.tokens
-	c := &Conn{client: true}
 	dialling, refuse := context.WithCancelCause(ctx)
 	defer refuse(nil)
 	end, err := watch(a, func(err error) {
@@ -383,7 +424,7 @@ func (c *conn) Call(ctx context.Context, q *rpc.Request, r *rpc.Reply) error {
 	c.mu.Lock()
 	now := c.q
 	c.mu.Unlock()
-	err := call(ctx, now, q, r)
+	err := call(ctx, now, &c.early, q, r)
 	if errors.Is(err, quic.Err0RTTRejected) { // the source has forgotten the session: nothing of it was done
 		c.mu.Lock()
 		var next *quic.Conn
@@ -392,7 +433,7 @@ func (c *conn) Call(ctx context.Context, q *rpc.Request, r *rpc.Reply) error {
 		}
 		c.mu.Unlock()
 		if err == nil {
-			err = call(ctx, now, q, r)
+			err = call(ctx, now, &c.early, q, r)
 		}
 	}
 	switch {
@@ -402,17 +443,53 @@ func (c *conn) Call(ctx context.Context, q *rpc.Request, r *rpc.Reply) error {
 	return handshake(ctx, "source", err)
 }
 
-func call(ctx context.Context, c *quic.Conn, q *rpc.Request, r *rpc.Reply) (err error) {
-	if q.Op != rpc.OpRead && (q.Op != rpc.OpOpen || q.Writer != "") && q.Op != rpc.OpExtents { // not in early data
-		select {
-		case <-c.HandshakeComplete():
-		case <-c.Context().Done():
-			return context.Cause(c.Context())
-		case <-ctx.Done():
-			return ctx.Err()
+// gate ends the time of early data: as soon as the source's answer is read no stream is
+// opened until the handshake has ended. The library takes over the source's transport
+// parameters in between, without a lock against those who open streams
+// (github.com/quic-go/quic-go/issues/4303).
+type gate struct {
+	mu   sync.Mutex
+	shut bool
+}
+
+// Write is of tls.Config.KeyLogWriter, which is called when the source's first message
+// has been read and before the next one, on the way of those parameters. The secrets go nowhere.
+func (g *gate) Write(p []byte) (int, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.shut = true
+	return len(p), nil
+}
+
+// open opens a stream of c, at once where there may be early data.
+func (g *gate) open(ctx context.Context, c *quic.Conn, early bool) (*quic.Stream, error) {
+	if early {
+		g.mu.Lock()
+		if !g.shut {
+			if s, err := c.OpenStream(); err == nil { // else not so many streams yet
+				g.mu.Unlock()
+				return s, nil
+			}
 		}
+		g.mu.Unlock()
 	}
-	s, err := c.OpenStreamSync(ctx)
+	select {
+	case <-c.HandshakeComplete():
+	case <-c.Context().Done():
+		return nil, context.Cause(c.Context())
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	return c.OpenStreamSync(ctx)
+}
+
+// early reports whether a request may be repeated by an attacker.
+func early(q *rpc.Request) bool {
+	return q.Op == rpc.OpRead || q.Op == rpc.OpExtents || q.Op == rpc.OpOpen && q.Writer == ""
+}
+
+func call(ctx context.Context, c *quic.Conn, g *gate, q *rpc.Request, r *rpc.Reply) (err error) {
+	s, err := g.open(ctx, c, early(q))
 	if err != nil {
 		return err
 	}
@@ -552,7 +629,7 @@ func answer(c *quic.Conn, st *quic.Stream, s *rpc.Session) {
 		}
 		q.Data = p
 	}
-	if q.Op != rpc.OpRead && q.Op != rpc.OpExtents && (q.Op != rpc.OpOpen || q.Writer != "") { // early data can be an attacker's repetition
+	if !early(q) {
 		select {
 		case <-c.HandshakeComplete():
 		case <-ctx.Done():

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"syscall"
+	"time"
 
 	"memsync/strategies/region"
 )
@@ -66,11 +67,20 @@ func (r *Reply) Err() error {
 	return fmt.Errorf("source answers %.*q: %w", maxText, r.Message, sentinel)
 }
 
+// Over is ctx's error, from its deadline on: a connection that has the same one may
+// fail a moment before ctx says so.
+func Over(ctx context.Context) error {
+	if end, ok := ctx.Deadline(); ok && !time.Now().Before(end) {
+		return context.DeadlineExceeded
+	}
+	return ctx.Err()
+}
+
 // Gone makes err of a transport one that matches region.ErrPeerGone, or ctx's own
 // where it has ended.
 func Gone(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return ctx.Err()
+	if over := Over(ctx); over != nil {
+		return over
 	}
 	return fmt.Errorf("%w: %w", region.ErrPeerGone, err)
 }
