@@ -233,12 +233,15 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 		return err
 	}
 	w := rpc.Watch(nc)
-	s := rpc.NewSession(e, func() { _ = w.Close() })
+	// The library looks at the context where it does not read (see link.call).
+	serving, hangUp := context.WithCancel(ctx)
+	defer hangUp()
+	s := rpc.NewSession(e, hangUp)
 	defer s.Close()
-	defer context.AfterFunc(ctx, func() { _ = w.Close() })()
-	err = drpcserver.NewWithOptions(&server{Session: s}, drpcserver.Options{Manager: manager()}).ServeOne(ctx, w)
+	defer context.AfterFunc(serving, func() { _ = w.Close() })()
+	err = drpcserver.NewWithOptions(&server{Session: s}, drpcserver.Options{Manager: manager()}).ServeOne(serving, w)
 	_ = w.Close()
-	if drpc.ClosedError.Has(err) {
+	if drpc.ClosedError.Has(err) || serving.Err() != nil {
 		err = nil
 	}
 	return rpc.Ended(ctx, "dRPC", err)

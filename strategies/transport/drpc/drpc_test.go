@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"storj.io/drpc/drpcwire"
 
 	"memsync/strategies/region"
 	"memsync/strategies/replay"
@@ -85,6 +86,27 @@ func TestGivenUp(t *testing.T) {
 		if err := s.WriteAt(ctx, p, 0); err != nil {
 			t.Fatalf("after call %d: %v", i, err)
 		}
+	}
+}
+
+// TestEndWithoutBeginning: a client that breaks the protocol so that the library stops
+// reading, and leaves, does not keep its place at the source.
+func TestEndWithoutBeginning(t *testing.T) {
+	a, b := net.Pipe()
+	done := make(chan error, 1)
+	go func() { done <- (&Transport{}).Serve(t.Context(), a, transport.One{Store: storetest.New(nil)}) }()
+	frame := drpcwire.Frame{ID: drpcwire.ID{Stream: 1, Message: 1}, Kind: drpcwire.KindCancel, Done: true, Control: true}
+	if _, err := b.Write(drpcwire.AppendFrame(nil, frame)); err != nil {
+		t.Fatal(err)
+	}
+	b.Close()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(rpc.HandshakeTimeout + 30*time.Second):
+		t.Error("still served")
 	}
 }
 

@@ -20,7 +20,7 @@ func factory(o transport.Options) transporttest.Factory {
 
 func TestSuite(t *testing.T) {
 	for name, o := range map[string]transport.Options{
-		"default": {}, "more connections": {Connections: 3}, "one at a time": {Calls: 1}, "small messages": {Message: 8 << 10, Window: 64 << 10},
+		"default": {}, "more connections, one at a time": {Connections: 3, Calls: 1}, "small messages": {Message: 8 << 10, Window: 64 << 10},
 	} {
 		t.Run(name, func(t *testing.T) { transporttest.Run(t, factory(o)) })
 	}
