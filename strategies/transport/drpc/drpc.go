@@ -78,7 +78,7 @@ func (t *Transport) dial(ctx context.Context, d transport.Dialer, stream bool) (
 		return nil, err
 	}
 	if !stream {
-		return &conn{dial: one, l: l}, nil
+		return newConn(one, l), nil
 	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // the stream outlives its opening
 	s, err := l.rpc.NewStream(ctx, pipeMethod, encoding{})
@@ -134,40 +134,56 @@ func (l *link) call(ctx context.Context, q *rpc.Request, r *rpc.Reply) (whole bo
 // old one is closed when the new one is open, so that a lease to write goes on.
 type conn struct {
 	dial func(ctx context.Context) (*link, error)
+	life context.Context // ends at Close
+	end  context.CancelFunc
 
-	mu      sync.Mutex
-	l       *link
-	givenUp bool // a call was, on l
-	closed  bool
-	open    rpc.Request // the first
+	// of the one call at a time
+	givenUp bool // the one before was
+	open    rpc.Request
 	opened  rpc.Reply
+
+	mu sync.Mutex
+	l  *link
+}
+
+func newConn(dial func(ctx context.Context) (*link, error), l *link) *conn {
+	c := &conn{dial: dial, l: l}
+	c.life, c.end = context.WithCancel(context.Background())
+	return c
 }
 
 // current returns the connection to use.
 func (c *conn) current(ctx context.Context) (*link, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !c.givenUp || c.closed {
+	if !c.givenUp || c.life.Err() != nil {
 		return c.l, nil // which says what happened to it
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(c.life, cancel)()
 	next, err := c.dial(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var r rpc.Reply
 	q := c.open
-	if _, err = next.call(ctx, &q, &r); err == nil {
+	whole, err := next.call(ctx, &q, &r)
+	if err == nil {
 		err = r.Err()
 	}
 	if err == nil && (r.Size != c.opened.Size || r.Epoch != c.opened.Epoch) {
 		err = fmt.Errorf("the region has changed: %w", region.ErrMismatch)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err == nil && c.life.Err() != nil {
+		err = region.ErrPeerGone
 	}
 	if err != nil {
 		_ = next.rpc.Close()
 		return nil, err
 	}
 	_ = c.l.rpc.Close()
-	c.l, c.givenUp = next, false
+	c.l, c.givenUp = next, !whole
 	return next, nil
 }
 
@@ -181,12 +197,10 @@ func (c *conn) Call(ctx context.Context, q *rpc.Request, r *rpc.Reply) error {
 	if err == nil {
 		whole, err = l.call(ctx, q, r)
 	}
-	c.mu.Lock()
 	if err == nil && q.Op == rpc.OpOpen {
 		c.open, c.opened = *q, *r
 	}
 	c.givenUp = c.givenUp || !whole
-	c.mu.Unlock()
 	if err != nil && rpc.Over(ctx) == nil && (errors.Is(err, rpc.ErrProtocol) || drpc.ProtocolError.Has(err)) {
 		return fmt.Errorf("%w: %w", rpc.ErrProtocol, err)
 	}
@@ -198,11 +212,10 @@ func (c *conn) Call(ctx context.Context, q *rpc.Request, r *rpc.Reply) error {
 
 // Close implements rpc.Conn. The library's goodbye may meet a broken connection.
 func (c *conn) Close() error {
+	c.end()
 	c.mu.Lock()
-	c.closed = true
-	now := c.l
-	c.mu.Unlock()
-	_ = now.rpc.Close()
+	defer c.mu.Unlock()
+	_ = c.l.rpc.Close()
 	return nil
 }
 
