@@ -228,37 +228,26 @@ func blockIoctl(fd int, req uint, arg uintptr) error {
 	return nil
 }
 
-// byIoctl is the way of nbd-client before netlink. A thread sits in NBD_DO_IT
-// for as long as the device is attached.
+// byIoctl is the way of nbd-client before netlink. One thread, which does nothing else,
+// hands the kernel the sockets and then sits in NBD_DO_IT for as long as the device
+// is attached: the kernel takes the first thread that hands it a socket for the device's
+// owner and refuses sockets of all others with EBUSY, so that no other goroutine
+// may run on it.
 func (d *Device) byIoctl(ctx context.Context, s settings) error {
-	var skip []int
-	for {
-		index, node, err := free(skip...)
-		if err != nil {
-			return err
-		}
-		err = d.claim(node, s)
-		if err == nil {
-			d.index, d.node = index, node
-			// It is ours by its sockets now, and udevd leaves a locked device alone.
-			_ = unix.Flock(int(node.Fd()), unix.LOCK_UN)
-			break
-		}
-		_ = node.Close()
-		if !errors.Is(err, unix.EBUSY) {
-			return judge(fmt.Sprintf("set /dev/nbd%d up", index), err)
-		}
-		skip = append(skip, index) // somebody was faster
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-	}
-	fd := int(d.node.Fd())
-	ended := make(chan error, 1)
+	claimed, ended := make(chan error, 1), make(chan error, 1)
 	go func() {
-		// A signal would end NBD_DO_IT, and the device with it.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
+		err := d.search(ctx, s)
+		if err != nil {
+			claimed <- err
+			return
+		}
+		fd := int(d.node.Fd())
+		// It is ours by its sockets now, and udevd leaves a locked device alone.
+		_ = unix.Flock(fd, unix.LOCK_UN)
+		claimed <- nil
+		// A signal would end NBD_DO_IT, and the device with it.
 		var all, old unix.Sigset_t
 		for i := range all.Val {
 			all.Val[i] = ^all.Val[i]
@@ -267,13 +256,17 @@ func (d *Device) byIoctl(ctx context.Context, s settings) error {
 			ended <- err
 			return
 		}
-		err := blockIoctl(fd, ioctlDoIt, 0)
+		err = blockIoctl(fd, ioctlDoIt, 0)
 		d.noteLost(fmt.Errorf("%s: all connections were lost: %w", d.Path(), region.ErrPeerGone)) // unless detached: then nobody asks
 		// What is in flight would wait for nbd_timeout.
 		_ = blockIoctl(fd, ioctlClearSock, 0)
 		_ = unix.PthreadSigmask(unix.SIG_SETMASK, &old, nil)
 		ended <- err
 	}()
+	if err := <-claimed; err != nil {
+		return err
+	}
+	fd := int(d.node.Fd())
 	d.detach = func(ctx context.Context) error {
 		if err := blockIoctl(fd, ioctlDisconnect, 0); err != nil && !errors.Is(err, unix.EINVAL) {
 			return judge("NBD_DISCONNECT "+d.Path(), err)
@@ -289,11 +282,31 @@ func (d *Device) byIoctl(ctx context.Context, s settings) error {
 	return nil
 }
 
-// claim sets the device up from one thread: the kernel takes the first thread that hands
-// it a socket for the device's owner, and refuses sockets of others with EBUSY.
-func (d *Device) claim(node *os.File, s settings) error {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+// search claims a free device.
+func (d *Device) search(ctx context.Context, s settings) error {
+	var skip []int
+	for {
+		index, node, err := free(skip...)
+		if err != nil {
+			return err
+		}
+		err = claim(node, s)
+		if err == nil {
+			d.index, d.node = index, node
+			return nil
+		}
+		_ = node.Close()
+		if !errors.Is(err, unix.EBUSY) {
+			return judge(fmt.Sprintf("set /dev/nbd%d up", index), err)
+		}
+		skip = append(skip, index) // somebody was faster
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+func claim(node *os.File, s settings) error {
 	fd := int(node.Fd())
 	for i, sock := range s.sockets {
 		if err := blockIoctl(fd, ioctlSetSock, sock.Fd()); err != nil {
