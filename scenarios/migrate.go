@@ -76,7 +76,7 @@ func (r *run) measureMigrate(ctx context.Context, setup role.Setup) error {
 	if err := pause(ctx, warmUp); err != nil {
 		return err
 	}
-	if err := r.forgetPeaks(ctx); err != nil {
+	if err := r.settle(ctx); err != nil {
 		return err
 	}
 	begin, err := r.link.Counters()

@@ -551,11 +551,11 @@ func (r *run) counters(ctx context.Context) (map[string]role.Counters, error) {
 	return m, err
 }
 
-// forgetPeaks has all roles count the peak of their memory from now on.
-func (r *run) forgetPeaks(ctx context.Context) error {
+// settle has all roles end what their start left to do, and count the peak of their memory from now on.
+func (r *run) settle(ctx context.Context) error {
 	var g errgroup.Group
 	for _, p := range r.processes() {
-		g.Go(func() error { _, err := p.Ask(ctx, "forget-peak", struct{}{}, nil); return err })
+		g.Go(func() error { _, err := p.Ask(ctx, "settle", struct{}{}, nil); return err })
 	}
 	return g.Wait()
 }
@@ -596,7 +596,7 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	if err := r.touchMemory(); err != nil {
 		return err
 	}
-	if err := r.forgetPeaks(ctx); err != nil {
+	if err := r.settle(ctx); err != nil {
 		return err
 	}
 	var wire netem.Counters

@@ -29,7 +29,7 @@ func (r *run) measureSnapshot(ctx context.Context, setup role.Setup) error {
 	if err := r.touchMemory(); err != nil {
 		return err
 	}
-	if err := r.forgetPeaks(ctx); err != nil {
+	if err := r.settle(ctx); err != nil {
 		return err
 	}
 	var m role.Mounted

@@ -73,7 +73,7 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup, ended func(erro
 	if _, err := r.source.Ask(ctx, "listen", map[string]string{"addr": r.link.Source().Addr().String()}, &at); err != nil {
 		return err
 	}
-	if err := r.forgetPeaks(ctx); err != nil {
+	if err := r.settle(ctx); err != nil {
 		return err
 	}
 	begin, err := r.link.Counters()

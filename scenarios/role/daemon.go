@@ -54,7 +54,7 @@ func (d *daemon) ops() map[string]handler {
 		"trouble":  on(d.trouble),
 		"images":   on(d.images), "verify-image": on(d.verifyImage),
 		"unmount":  on(d.unmount),
-		"counters": on(counters), "forget-peak": on(forgetPeak), "floors": on(daemonFloors),
+		"counters": on(counters), "settle": on(settle), "floors": on(daemonFloors),
 	}
 }
 

@@ -90,7 +90,7 @@ type source struct {
 func (s *source) ops() map[string]handler {
 	return map[string]handler{
 		"open": on(s.open), "publish": s.publish, "track": s.track, "control": s.control, "released": on(s.released), "poll": on(s.poll), "bandwidth": on(s.bandwidth), "sync": on(s.sync), "stats": on(s.stats),
-		"listen": on(s.listen), "verify": on(s.verify), "close": on(s.close), "counters": on(counters), "forget-peak": on(forgetPeak),
+		"listen": on(s.listen), "verify": on(s.verify), "close": on(s.close), "counters": on(counters), "settle": on(settle),
 		"requests": on(func(context.Context, none) (Requests, error) { return requests(s.store) }),
 	}
 }

@@ -128,7 +128,7 @@ func (w *workload) ops() map[string]handler {
 		"client": w.client, "write": on(w.write), "fork": on(w.fork),
 		"ready": on(w.ready), "dirty": on(w.dirty), "pulse": on(w.pulse), "watch": on(w.watch), "equal": on(w.equal), "handed-over": on(w.handedOver),
 		"detach":   on(w.detach),
-		"counters": on(counters), "forget-peak": on(forgetPeak), "floors": on(w.floors),
+		"counters": on(counters), "settle": on(forgetPeak), "floors": on(w.floors),
 	}
 	maps.Copy(ops, w.appOps())
 	return ops
