@@ -37,9 +37,9 @@ build: ## bin/memsync
 
 # The lab's own tests look at times, which the race detector stretches; those in it are raced.
 race: ## all tests under the race detector (needs gcc), those of the kernel's NBD device in the lab kernel
-	LAB=0 $(GO) test -p 1 -race -count=1 -timeout 20m $(PKG)
-	@case "$(LAB) $(PKG)" in 0*) echo "left out: the kernel's NBD device in the lab kernel (LAB=0)";; \
-	"1 ./..."|*scenarios/lab*) LAB=1 $(GO) test -race -count=1 -timeout 20m -run '^TestKernelPackages$$' ./scenarios/lab;; esac
+	@st=0; set -x; LAB=0 $(GO) test -p 1 -race -count=1 -timeout 20m $(PKG) || st=1; { set +x; } 2>/dev/null; \
+	case "$(LAB) $(PKG)" in 0*) echo "left out: the kernel's NBD device in the lab kernel (LAB=0)";; \
+	"1 ./..."|*scenarios/lab*) LAB=1 $(GO) test -race -count=1 -timeout 20m -run '^TestKernelPackages$$' ./scenarios/lab || st=1;; esac; exit $$st
 
 lint: ## formatting, vet, staticcheck; the layer rules are a test (scenarios/layers_test.go)
 	@test -z "$$(gofmt -l .)" || { echo "gofmt would change:"; gofmt -l .; exit 1; }
