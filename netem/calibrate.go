@@ -67,8 +67,10 @@ const (
 	blastWindow   = 150 * time.Millisecond
 	blastPackets  = 300 // that a window should hold, so that one more is 0.3 %
 	// A busy machine disturbs a measurement now and then, and hardly ever for the
-	// better, so what fails is measured again before it counts.
-	maxAttempts = 3
+	// better, so what fails is measured again before it counts: three times, after a
+	// pause that grows, since what else the machine does comes in bursts.
+	maxAttempts  = 4
+	attemptPause = 50 * time.Millisecond // before the second; then four times as long each
 )
 
 // roomyQueue is the queue that calibration wants: as long as the sender may pause.
@@ -132,7 +134,7 @@ func (l *Link) Calibrate(ctx context.Context) (c Calibration, err error) {
 			c.Reasons = append(c.Reasons, err.Error())
 		}
 	}
-	verdict, err := retry(func(n int) (verdict, err error) {
+	verdict, err := retry(ctx, func(n int) (verdict, err error) {
 		c.RTTAttempts = n
 		if c.RTT, err = l.Echo(ctx, l.echoes()); err != nil {
 			return nil, err
@@ -155,7 +157,7 @@ func (l *Link) Calibrate(ctx context.Context) (c Calibration, err error) {
 	c.RTTTolerance = RTTTolerance(l.shaper, l.profile, c.RTT.Received)
 	fail(verdict)
 
-	verdict, err = retry(func(n int) (verdict, err error) {
+	verdict, err = retry(ctx, func(n int) (verdict, err error) {
 		c.Losses, err = l.measureLoss(ctx)
 		for i := range c.Losses {
 			r := &c.Losses[i]
@@ -178,7 +180,7 @@ func (l *Link) Calibrate(ctx context.Context) (c Calibration, err error) {
 		}
 		for i, from := range l.ends() {
 			var r RateResult
-			verdict, err = retry(func(n int) (verdict, err error) {
+			verdict, err = retry(ctx, func(n int) (verdict, err error) {
 				if r, err = l.measureRate(ctx, from, l.ends()[1-i]); err != nil {
 					return nil, fmt.Errorf("rate %s: %w", directionName(i), err)
 				}
@@ -207,13 +209,19 @@ func (l *Link) Calibrate(ctx context.Context) (c Calibration, err error) {
 
 // retry measures until the verdict is good, at most maxAttempts times, and returns
 // the last one.
-func retry(measure func(attempt int) (verdict, err error)) (verdict, err error) {
-	for n := 1; n <= maxAttempts; n++ {
-		if verdict, err = measure(n); verdict == nil || err != nil {
-			break
+func retry(ctx context.Context, measure func(attempt int) (verdict, err error)) (verdict, err error) {
+	pause := attemptPause
+	for n := 1; ; n++ {
+		if verdict, err = measure(n); verdict == nil || err != nil || n == maxAttempts {
+			return verdict, err
 		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(pause):
+		}
+		pause *= 4
 	}
-	return verdict, err
 }
 
 // echoes is how many make an RTT: 100, fewer on long links, about a second's worth

@@ -97,7 +97,7 @@ func (o *Outcome) Rows() ([]results.Row, error) {
 }
 
 // Runner runs items one after another. It keeps the links of a sweep open, each
-// calibrated once. It must run inside the sandbox (see EnterSandbox). Its methods
+// calibrated until it is accepted, at most maxCalibrations times. It must run inside the sandbox (see EnterSandbox). Its methods
 // must not be called concurrently.
 type Runner struct {
 	Scratch string // an existing folder
@@ -126,9 +126,15 @@ type floorKey struct {
 
 type link struct {
 	*netem.Link
-	calibration netem.Calibration
-	err         error // why it cannot be used
+	calibration  netem.Calibration // the last one
+	calibrations int
+	err          error // why it cannot be used
 }
+
+// maxCalibrations is how often a link is calibrated that was not accepted: once a run,
+// so that a machine which was busy when the link was opened does not cost the sweep all
+// runs on it.
+const maxCalibrations = 6
 
 // floorStreams is how many bulk streams are sent for a link and size; floor_tcp
 // of a run is the median of those sent so far.
@@ -169,19 +175,20 @@ func (r *Runner) logf(format string, args ...any) {
 	}
 }
 
-// link opens and calibrates the cell's link, once.
+// link returns the cell's link, opened once, and calibrated if it is not yet accepted.
 func (r *Runner) link(ctx context.Context, c *Cell) (*link, error) {
 	if c.Transport == "local" {
 		return nil, nil
 	}
 	k := c.linkKey()
-	if l, ok := r.links[k]; ok {
-		return l, l.err
+	l, ok := r.links[k]
+	if !ok {
+		l = &link{}
+		l.Link, l.err = netem.Open(ctx, k.shaper, k.profile, netem.Options{Seed: r.Seed, Congestion: k.cc, Hosts: k.hosts, InitialWindow: k.initial})
 	}
-	l := &link{}
-	l.Link, l.err = netem.Open(ctx, k.shaper, k.profile, netem.Options{Seed: r.Seed, Congestion: k.cc, Hosts: k.hosts, InitialWindow: k.initial})
-	if l.err == nil {
-		r.logf("calibrating the link: %s, RTT %v, rate %s", k.shaper, k.profile.RTT, rateText(k.profile.Rate))
+	if l.err == nil && !l.calibration.Accepted && l.calibrations < maxCalibrations {
+		r.logf("calibrating the link%s: %s, RTT %v, rate %s", again(l.calibrations), k.shaper, k.profile.RTT, rateText(k.profile.Rate))
+		l.calibrations++
 		if l.calibration, l.err = l.Calibrate(ctx); l.err != nil {
 			l.err = errors.Join(l.err, l.Link.Close())
 			l.Link = nil
@@ -194,6 +201,13 @@ func (r *Runner) link(ctx context.Context, c *Cell) (*link, error) {
 		r.links[k] = l
 	}
 	return l, l.err
+}
+
+func again(before int) string {
+	if before == 0 {
+		return ""
+	}
+	return " again"
 }
 
 func rateText(rate int64) string {
