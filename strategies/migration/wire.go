@@ -25,9 +25,10 @@ const (
 	slot        = 1 << 26 // bytes of one call; an answer is no longer
 	callNumbers = 1 << 24
 	maxCalls    = 8 // of one connection that are remembered
-	// The first read of an answer: what is beyond takes another round trip.
-	firstRead     = 4 << 10
-	firstReadLong = 32 << 10 // of an answer that is waited for while the application stands still
+	// The first read of an answer, which travels at this length. What is beyond takes another
+	// round trip; so would a longer read on a connection that carries little else: TCP's first
+	// window is 14 KB, and BBR spreads even that over the round trip (4 KiB: a tenth of it).
+	firstRead = 4 << 10
 )
 
 const (
@@ -344,10 +345,7 @@ func (m *mailbox) Close() error { return nil }
 
 // ask makes call n on a control connection.
 func ask(ctx context.Context, s region.Store, n int64, r request) (out reply, err error) {
-	first := int64(firstRead)
-	if r.Verb == handover.Finalize {
-		first = firstReadLong
-	}
+	const first = firstRead
 	b := make([]byte, first)
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return s.WriteAt(gctx, r.encode(), n*slot) })

@@ -34,7 +34,7 @@ const (
 // (RFC 6928), so that 16 bring 200 KB in the first round trip, where one brings
 // them in four. Background pieces grow with what the connections have carried, as
 // TCP's windows do: short ones only cost system calls then. Demand requests take the least
-// loaded connection. Background requests (region.Prefetch, region.Push) keep to
+// loaded connection, by what each can carry in a round trip. Background requests (region.Prefetch, region.Push) keep to
 // the window, and off the first connection where there are several.
 // Beside Store it offers what the server supports of region.Extenter, Zeroer,
 // Trimmer and Cacher, and gives region.ErrNotSupported otherwise.
@@ -215,9 +215,15 @@ func (c *Client) pick(class region.Class) *conn {
 	if class != region.Demand {
 		conns = conns[1:]
 	}
-	best, load := conns[0], int64(-1)
+	best, load := conns[0], -1.0
 	for _, k := range conns {
-		if n := k.load.Load(); (load < 0 || n < load) && k.lost() == nil {
+		n := float64(k.load.Load())
+		if class == region.Demand {
+			// Many at once must not wait on the first connection, which may have
+			// carried little yet, for four round trips that the others do not need.
+			n /= float64(k.window())
+		}
+		if (load < 0 || n < load) && k.lost() == nil {
 			best, load = k, n
 		}
 	}

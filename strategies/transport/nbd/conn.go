@@ -96,6 +96,7 @@ type conn struct {
 	slots chan struct{}
 	write chan struct{} // capacity 1: a lock that a context can end the wait for
 	load  atomic.Int64  // bytes in flight, for spreading requests
+	moved atomic.Int64  // bytes of payload so far
 	hdr   [extendedRequestSize]byte
 	iov   [2][]byte
 
@@ -276,9 +277,14 @@ func (c *conn) finish(k *call) {
 	}
 }
 
+// window is about what TCP can have in flight here: its first window, and as much more
+// as was acknowledged (slow start, RFC 5681, 3.1), up to where the path's share ends it.
+func (c *conn) window() int64 { return min(14<<10+c.moved.Load(), 1<<20) }
+
 // unload stops counting k as load. Under mu.
 func (c *conn) unload(k *call) {
 	c.load.Add(-k.load)
+	c.moved.Add(k.load)
 	k.load = 0
 	if len(k.buf) >= directLimit {
 		c.large--
