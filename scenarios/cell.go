@@ -65,6 +65,9 @@ type Cell struct {
 	Peer            bool  // the strategy may be one of memsync-peers
 	Missing         error // why it cannot run here; its runs are recorded as unsupported
 	InLab           bool  // of a figure's cell: means something in the lab kernel, whatever binds it
+	// Seeds: cells with the same text have the same seeds in their runs, and so the same
+	// content, accesses and writes; "" has seeds of its own.
+	Seeds string
 	// Strategies has Strategy by its name; nil is those of strategies/all. The
 	// roles must be started by a program that has them too.
 	Strategies strategies.Registry
@@ -231,7 +234,7 @@ func (c *Cell) Resolve() error {
 	}
 	if c.Op == OpSync && c.params.TextOr("topology", strategies.TopologyDirect) != strategies.TopologyDirect && !info.Can(strategies.Relays) {
 		opErr = fmt.Errorf("strategy %s, topology %s: its destinations serve no others: %w", c.Strategy, c.params.Text("topology"), region.ErrNotSupported)
-	} else if _, ok := st.(strategies.Publisher); c.Op == OpSync && (!ok && !(program && info.Can(strategies.Follows)) || c.Transport == "local") {
+	} else if _, ok := st.(strategies.Publisher); c.Op == OpSync && (!info.Can(strategies.Follows) || !ok && !program || c.Transport == "local") {
 		opErr = fmt.Errorf("strategy %s, transport %s: no destination follows a writer at the source: %w", c.Strategy, c.Transport, region.ErrNotSupported)
 	} else if c.Op == OpMigrate {
 		opErr = c.migratable(info)

@@ -24,6 +24,7 @@ type Figure struct {
 // Figures returns all figures, family by family.
 func Figures() []Figure {
 	return slices.Concat(
+		allFigures(),
 		rttFigures(),
 		thesisFigures(),
 		linkFigures(),

@@ -2,7 +2,11 @@ package scenarios
 
 import (
 	"errors"
+	"slices"
 	"testing"
+
+	"memsync/results"
+	"memsync/strategies/all"
 )
 
 // Every figure can be drawn, and its cells can be asked for.
@@ -37,6 +41,40 @@ func TestFigures(t *testing.T) {
 					keys[c.Key()] = true
 				}
 			}
+		}
+	}
+}
+
+// TestAllStrategies: every strategy of the registry is in the figure of all, and every
+// series has a cell.
+func TestAllStrategies(t *testing.T) {
+	f, err := FigureByName(Figures(), "all-strategies")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, quick := range []bool{false, true} {
+		has, sizes, seeds := map[string]bool{}, map[int64]bool{}, map[string]bool{}
+		for _, c := range f.Cells(Network, quick) {
+			if err := c.Resolve(); errors.Is(err, ErrUsage) {
+				t.Error(err)
+			}
+			sizes[c.Size], seeds[c.Seeds], has[c.Strategy] = true, true, true
+			row := c.Row()
+			prefetch, err := row.Get("params.prefetch")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if key := c.Strategy + "/" + prefetch; !slices.ContainsFunc(f.Spec.Series, func(s results.FigureSeries) bool { return s.Key == key }) {
+				t.Errorf("%s is no series", key)
+			}
+		}
+		for _, s := range all.Registry() {
+			if !has[s.Info().Name] {
+				t.Errorf("strategy %s is not there (quick: %t)", s.Info().Name, quick)
+			}
+		}
+		if len(sizes) != 1 || len(seeds) != 1 || seeds[""] {
+			t.Errorf("sizes %v, seeds %v: want one region and one set of seeds", sizes, seeds)
 		}
 	}
 }

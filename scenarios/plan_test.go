@@ -73,6 +73,31 @@ func TestPlan(t *testing.T) {
 	}
 }
 
+// TestSeeds: cells that share seeds have the same ones in the same run, and names of their own.
+func TestSeeds(t *testing.T) {
+	cells := localCells(t)
+	for _, c := range cells {
+		c.Seeds = "all"
+	}
+	seeds, names := map[int]map[uint64]bool{}, map[string]bool{}
+	for _, it := range Plan(cells, 3, 1) {
+		if seeds[it.Run] == nil {
+			seeds[it.Run] = map[uint64]bool{}
+		}
+		seeds[it.Run][it.Seed], names[it.ID] = true, true
+	}
+	one := map[uint64]bool{}
+	for _, s := range seeds {
+		maps.Copy(one, s)
+		if len(s) != 1 {
+			t.Errorf("a run has %d seeds", len(s))
+		}
+	}
+	if len(one) != 3 || len(names) != 3*len(cells) {
+		t.Errorf("%d seeds for 3 runs, %d names for %d", len(one), len(names), 3*len(cells))
+	}
+}
+
 // TestShard: over all shards, every run is there exactly once.
 func TestShard(t *testing.T) {
 	plan := Plan(localCells(t), 5, 3)
@@ -207,6 +232,7 @@ func TestResolve(t *testing.T) {
 		"none and rtt":    {func(c *Cell) { c.Strategy, c.Shaper, c.Link.RTT = "userfaultfd", netem.ShaperNone, 1e6 }, ErrUsage, "does not shape"},
 		"shaper":          {func(c *Cell) { c.Strategy, c.Shaper = "userfaultfd", "magic" }, ErrUsage, "valid: auto, netem, tun, sleep, none"},
 		"writes":          {func(c *Cell) { c.Op = "write" }, region.ErrNotSupported, "does not write back"},
+		"follows":         {func(c *Cell) { c.Strategy, c.Op = "userfaultfd", OpSync }, region.ErrNotSupported, "no destination follows"},
 		"input missing":   {func(c *Cell) { c.Input = "/does/not/exist" }, ErrUsage, "no such file"},
 		"input empty":     {func(c *Cell) { c.Input = empty }, ErrUsage, "is empty"},
 		"input folder":    {func(c *Cell) { c.Input = "/" }, ErrUsage, "not a regular file"},

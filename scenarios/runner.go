@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -33,7 +34,7 @@ type Item struct {
 
 // Plan makes the runs of a sweep: every cell n times, shuffled by the seed, so
 // that drift of the machine spreads over all cells. Run and Seed of an item
-// depend on the cell and the sweep's seed only.
+// depend on the cell (or its Seeds) and the sweep's seed only.
 func Plan(cells []*Cell, n int, seed uint64) []Item {
 	var items []Item
 	for _, c := range cells {
@@ -41,6 +42,11 @@ func Plan(cells []*Cell, n int, seed uint64) []Item {
 		for run := 1; run <= n; run++ {
 			var k uint64
 			_, _ = fmt.Sscanf(key, "%x", &k)
+			if c.Seeds != "" {
+				h := fnv.New64a()
+				h.Write([]byte(c.Seeds))
+				k = h.Sum64()
+			}
 			items = append(items, Item{Cell: c, Run: run, ID: fmt.Sprintf("%s-%d", key, run),
 				Seed: rand.NewPCG(seed^k, uint64(run)).Uint64()})
 		}
@@ -622,6 +628,10 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	}
 
 	// Open.
+	idle, err := r.counters(ctx)
+	if err != nil {
+		return err
+	}
 	var m role.Mounted
 	files, err := r.daemon.Ask(ctx, "mount", mount, &m)
 	if err != nil {
@@ -653,12 +663,12 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 	r.touches(m, t)
 	r.spent(before, after)
 	r.measured(m.Start, t.End)
-	cpu := 0.0
-	for name, b := range before {
-		cpu += after[name].CPU - b.CPU
-	}
-
 	if t.Bytes > 0 {
+		cpu := 0.0
+		for name, b := range before {
+			cpu += after[name].CPU - b.CPU
+			v["cpu_per_byte_"+name] = (after[name].CPU - idle[name].CPU) / float64(t.Bytes)
+		}
 		v["cpu_per_byte"] = cpu / float64(t.Bytes)
 	}
 

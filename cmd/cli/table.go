@@ -25,7 +25,7 @@ func printFigure(s *state, spec results.FigureSpec, variant string, rows []resul
 	if i := slices.IndexFunc(rows, results.Row.Lab); i >= 0 {
 		labels = append(labels, "kernel")
 	}
-	t, err := table.FromRows(rows, labels, []string{spec.Y.Column})
+	t, err := table.FromRows(spec.Select(rows), labels, []string{spec.Y.Column})
 	if err != nil {
 		return err
 	}
