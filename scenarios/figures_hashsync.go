@@ -9,7 +9,7 @@ import (
 
 // hashsyncFigures are those of hashing, deltas and fan-out: benchmarks N01 to N04 and N21.
 func hashsyncFigures() []Figure {
-	return []Figure{hashAlgorithms(), hashWorkers(), dirtyDetection(), pollInterval(), deltaVersusRsync(), fanout()}
+	return []Figure{hashAlgorithms(), hashWorkers(), dirtyDetection(), pollInterval(), pollIntervalDowntime(), deltaVersusRsync(), fanout()}
 }
 
 // syncCell is a cell of op sync on a link that does not bind, unless link says otherwise.
@@ -150,6 +150,42 @@ func pollInterval() Figure {
 						c.Size, c.Settings = 16<<20, append(c.Settings, "pulses=20")
 					}
 					cells = append(cells, c)
+				}
+			}
+			return cells
+		},
+	}
+}
+
+func pollIntervalDowntime() Figure {
+	spec := func(name, label string, y results.Axis) results.FigureSpec {
+		return results.FigureSpec{
+			Name: name, Figure: "poll-interval-downtime", Title: "Poll interval: " + label, Kind: results.FigureLine,
+			X: results.Axis{Column: "params.interval", Label: "Interval", Category: true, Categories: []string{"10ms", "30ms", "100ms", "300ms", "1s"}}, Y: y,
+			Keys: []string{"params.dirty", "params.lead_rounds"},
+			Series: []results.FigureSeries{{Key: "hash/0", Label: "hash everything, stopped at once"}, {Key: "pagemap/0", Label: "PAGEMAP_SCAN, stopped at once"},
+				{Key: "hash/1", Label: "hash everything, a round before"}, {Key: "pagemap/1", Label: "PAGEMAP_SCAN, a round before"}},
+			Note: "64 MiB, 20 ms RTT, 1 Gbit/s; the application writes 20 MB/s in random order, is stopped, and goes on at the destination after a last round.",
+		}
+	}
+	return Figure{
+		Spec:     spec("poll-interval-downtime", "downtime of a migration", results.Axis{Column: "downtime", Label: "Last write here to first write there", Unit: "ms", Scale: 1e3, Log: true}),
+		More:     []results.FigureSpec{spec("poll-interval-downtime-bytes", "bytes sent after the application has stopped", results.Axis{Column: "needed_bytes", Label: "Last round", Unit: "kB", Scale: 1e-3, Log: true})},
+		Variants: []string{Network},
+		Cells: func(_ string, quick bool) []*Cell {
+			size, intervals := int64(64<<20), []string{"10ms", "30ms", "100ms", "300ms", "1s"}
+			if quick {
+				size, intervals = 16<<20, []string{"10ms", "100ms", "1s"}
+			}
+			var cells []*Cell
+			for _, how := range []string{"hash", "pagemap"} {
+				for _, lead := range []int{0, 1} {
+					for _, i := range intervals {
+						c := syncCell("poll-interval-downtime", size)
+						c.Op, c.Settings = OpMigrate, []string{"dirty=" + how, "interval=" + i, fmt.Sprintf("lead_rounds=%d", lead), "dirty_rate=20MB"}
+						c.Link.RTT, c.Link.Rate = 20*time.Millisecond, NetworkRate
+						cells = append(cells, c)
+					}
 				}
 			}
 			return cells

@@ -13,11 +13,12 @@ func migrationFigures() []Figure {
 	return []Figure{migrationDowntime(), migrationDirtyRate(), migrationSize(), migrationFinalize()}
 }
 
-// migrationModes are the series: the strategy's modes, and the managed mount, closed and reopened.
+// migrationModes are the series: the strategy's modes, hashsync, and the managed mount, closed and reopened.
 func migrationModes() []results.FigureSeries {
 	return []results.FigureSeries{
 		{Key: "migration/hybrid", Label: "hybrid"}, {Key: "migration/pre-copy", Label: "pre-copy"}, {Key: "migration/post-copy", Label: "post-copy"},
-		{Key: "migration/stop-and-copy", Label: "stop and copy"}, {Key: "managed-mount/", Label: "managed mount, closed and reopened"},
+		{Key: "migration/stop-and-copy", Label: "stop and copy"}, {Key: "hashsync/", Label: "hashsync"},
+		{Key: "managed-mount/", Label: "managed mount, closed and reopened"},
 	}
 }
 
@@ -25,9 +26,13 @@ func migrationModes() []results.FigureSeries {
 func migrateCell(figure, mode string, size int64, settings ...string) *Cell {
 	c := &Cell{Figure: figure, Variant: Network, Strategy: "migration", Op: OpMigrate, Size: size, PullWorkers: -1, PushWorkers: -1,
 		Limit: WholeRegion, Budget: 10 * time.Second, Settings: slices.Clone(settings)}
-	if c.Link.RTT, c.Link.Rate = 20*time.Millisecond, NetworkRate; mode == "managed-mount" {
+	c.Link.RTT, c.Link.Rate = 20*time.Millisecond, NetworkRate
+	switch mode {
+	case "managed-mount":
 		c.Strategy, c.Backend = mode, "file"
-	} else {
+	case "hashsync":
+		c.Strategy, c.Settings = mode, append(c.Settings, "dirty=pagemap")
+	default:
 		c.Settings = append(c.Settings, "mode="+mode)
 	}
 	return c
@@ -50,12 +55,12 @@ func migrationPictures(figure, title string, x results.Axis, note string) (resul
 }
 
 // modesAndReopen are the ways that are compared.
-var modesAndReopen = [...]string{"hybrid", "pre-copy", "post-copy", "stop-and-copy", "managed-mount"}
+var modesAndReopen = [...]string{"hybrid", "pre-copy", "post-copy", "stop-and-copy", "hashsync", "managed-mount"}
 
 func migrationDowntime() Figure {
 	f := Figure{Variants: []string{Network}}
 	f.Spec, f.More = migrationPictures("migration-downtime", "Migration by RTT", rttAxis(),
-		"1 Gbit/s; the application writes 20 MB/s in random order. Managed mount: the application stops, the destination mounts, it goes on there. Downtime: last write here to first write there.")
+		"1 Gbit/s; the application writes 20 MB/s in random order. hashsync: PAGEMAP_SCAN. Managed mount: the application stops, the destination mounts, it goes on there. Downtime: last write here to first write there.")
 	f.Cells = func(_ string, quick bool) []*Cell {
 		size := int64(256 << 20)
 		if quick {

@@ -29,6 +29,8 @@ type Strategy struct{}
 var _ strategies.Strategy = Strategy{}
 var _ strategies.Publisher = Strategy{}
 var _ strategies.Relay = (*mount)(nil)
+var _ strategies.Migrator = (*mount)(nil)
+var _ strategies.Seeder = (*publication)(nil)
 
 func params() []param.Spec {
 	return []param.Spec{
@@ -39,6 +41,9 @@ func params() []param.Spec {
 		{Name: "digest_of", Kind: param.KindEnum, Default: "chunk", Values: []string{"chunk", "file"}, Doc: "file: one digest of everything first, by one worker, and of chunks only where it changed"},
 		{Name: "interval", Kind: param.KindDuration, Default: "100ms", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "time between two looks for changes"},
 		{Name: "dirty", Kind: param.KindEnum, Default: "hash", Values: dirty.Names(), Doc: "where to look for changes: everywhere (hash), or where the kernel says"},
+		{Name: "lead_rounds", Kind: param.KindInt, Default: "1", Max: 100, Doc: "op migrate: rounds made right before the application is stopped, so that the last is short"},
+		{Name: "suspend_timeout", Kind: param.KindDuration, Default: "10s", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "op migrate: how long the application may take to stop; then it goes on"},
+		{Name: "commit_timeout", Kind: param.KindDuration, Default: "30s", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "op migrate: how long a round may take around that, and how long it stands still for a destination that does not take over; then it goes on"},
 		{Name: "delta", Kind: param.KindEnum, Default: "auto", Values: delta.Modes(), Doc: "how changed chunks are encoded; runs keeps a copy of the region at the source"},
 	}
 }
@@ -48,14 +53,15 @@ func (Strategy) Info() strategies.Info {
 	return strategies.Info{
 		Name:         "hashsync",
 		Doc:          "polled hashing of a mapped file, deltas to full copies at the destinations",
-		Capabilities: []strategies.Capability{strategies.Reads, strategies.Follows, strategies.Copies, strategies.Prefetch, strategies.Relays},
+		Capabilities: []strategies.Capability{strategies.Reads, strategies.Follows, strategies.Copies, strategies.Prefetch, strategies.Relays, strategies.Migrates},
 		Devices:      []string{""},
 		Transports:   []string{"nbd"}, // what the column says of its own protocol over TCP
 		Params:       params(),
 		DefaultChunk: 64 << 10,
 		Consistency: "The source is the only writer. A destination has a full copy before a workload attaches. Rounds reach it in order; " +
 			"a reader that uses the chunk's version sees round k or k+1 of it, never a mixture; plain loads may see a chunk half changed while it is being changed. " +
-			"After the end of a round all chunks are of that round, which the digest of the whole region proves.",
+			"After the end of a round all chunks are of that round, which the digest of the whole region proves. " +
+			"Where the region is taken over (op migrate) that holds until the source handles Commit; from then on the destination is the only writer.",
 	}
 }
 
@@ -72,7 +78,8 @@ func options(name string, chunk int64, p param.Values) (SourceOptions, dirty.Met
 	if err != nil {
 		return SourceOptions{}, m, err
 	}
-	return SourceOptions{Name: name, Chunk: chunk, Hash: f, Workers: p.Int("hash_workers"), Interval: p.Duration("interval"), Delta: delta.Mode(p.Text("delta")), Whole: p.Text("digest_of") == "file"}, m, nil
+	return SourceOptions{Name: name, Chunk: chunk, Hash: f, Workers: p.Int("hash_workers"), Interval: p.Duration("interval"), Delta: delta.Mode(p.Text("delta")), Whole: p.Text("digest_of") == "file",
+		LeadRounds: p.Int("lead_rounds"), SuspendTimeout: p.Duration("suspend_timeout"), CommitTimeout: p.Duration("commit_timeout")}, m, nil
 }
 
 // storeBytes hashes a Store.
@@ -145,7 +152,7 @@ func (Strategy) Serve(ctx context.Context, _ transport.Transport, conn net.Conn,
 
 // Mount copies the whole region and keeps the copy equal to the source's.
 func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Options) (_ strategies.Mount, err error) {
-	m := &mount{readOnly: true}
+	m := &mount{readOnly: !o.Migrate}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, m.Close(ctx))
@@ -182,6 +189,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	m.replica = NewReplica("region", o.Chunk, m.create)
 	run, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
 	m.cancel = cancel
+	m.taker = newTaker(run, m.replica, o.Params)
 	m.wg.Go(func() {
 		if err := Follow(run, dial, m.replica); run.Err() == nil {
 			m.fail(err)
@@ -201,6 +209,7 @@ type mount struct {
 	store    region.Store // with transport local
 	source   *Source
 	replica  *Replica
+	taker    *taker
 	file     *os.File
 	readOnly bool
 	cancel   context.CancelCauseFunc
@@ -250,6 +259,19 @@ func (m *mount) Attachment() strategies.Attachment {
 
 // Sync does nothing: nobody writes here.
 func (m *mount) Sync(ctx context.Context) error { return ctx.Err() }
+
+// Finalize implements strategies.Migrator.
+func (m *mount) Finalize(ctx context.Context, h strategies.Hooks) (strategies.Handover, error) {
+	if m.readOnly {
+		return strategies.Handover{}, fmt.Errorf("take over a region that was not mounted for it: %w", region.ErrReadOnly)
+	}
+	return m.taker.Finalize(ctx, h)
+}
+
+// Complete implements strategies.Migrator.
+func (m *mount) Complete(ctx context.Context) (strategies.Handover, error) {
+	return m.taker.Complete(ctx)
+}
 
 // Serve answers a destination that follows this one.
 func (m *mount) Serve(ctx context.Context, conn net.Conn) error { return m.replica.Serve(ctx, conn) }

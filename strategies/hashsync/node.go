@@ -39,6 +39,8 @@ type node struct {
 	stage, digests []byte // of the piece in hand
 	joining        bool   // a destination was admitted and wants an end
 
+	owner *owner // of a source; nil: a copy, which cannot be taken over
+
 	kick chan struct{} // something to look at: room, a destination
 	done chan struct{} // closed when the loop has ended; err is set
 
@@ -68,7 +70,9 @@ type session struct {
 	c     *serverConn
 	stale *chunk.Set // chunks that it lacks
 
-	admitting atomic.Bool // what it has is being compared
+	admitting atomic.Bool   // what it has is being compared
+	taking    atomic.Bool   // a request of the hand-over is being answered
+	taker     atomic.Uint64 // handover.ID of who asked last; 0 is nobody
 
 	// Guarded by n.mu.
 	queue  [][]byte

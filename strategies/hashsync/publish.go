@@ -107,6 +107,12 @@ func (p *publication) Track(w strategies.Writer) error {
 	return p.detector.Add(dirty.Writer{PID: w.PID, Base: w.Base, Length: w.Length, Uffd: w.Uffd})
 }
 
+// Control implements strategies.Seeder.
+func (p *publication) Control(h strategies.Hooks) { p.source.owner.control(h) }
+
+// Done implements strategies.Seeder.
+func (p *publication) Done() <-chan struct{} { return p.source.owner.gone }
+
 func (p *publication) Serve(ctx context.Context, conn net.Conn) error {
 	return p.source.Serve(ctx, conn)
 }

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,6 +16,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"memsync/strategies"
+	"memsync/strategies/chunk"
 	"memsync/strategies/delta"
 	"memsync/strategies/hash"
 	"memsync/strategies/region"
@@ -49,13 +52,22 @@ type Replica struct {
 	equalAt  atomic.Int64 // CLOCK_MONOTONIC, ns: when it had the source's digest last
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup
+
+	// The hand-over. owned and all behind it is guarded by node.own.
+	asking  atomic.Pointer[request]
+	poke    chan struct{} // there is something to ask
+	began   int64         // CLOCK_MONOTONIC, ns: NewReplica
+	owned   bool          // the region is ours: nothing of it comes from the source any more
+	local   int64         // bytes that are here
+	arrived []strategies.LocalAt
+	dirtied *chunk.Set // chunks that came again
 }
 
 // NewReplica makes a destination for the region of that name, in chunks of that
 // many bytes where the source has no opinion. create makes its file, of exactly
 // size bytes, zero or what an earlier run left.
 func NewReplica(name string, chunk int64, create func(size int64) (*os.File, error)) *Replica {
-	return &Replica{name: name, want: chunk, create: create, ready: make(chan struct{})}
+	return &Replica{name: name, want: chunk, create: create, ready: make(chan struct{}), poke: make(chan struct{}, 1), began: monotonic()}
 }
 
 // FileSize is the size of a replica's file.
@@ -93,7 +105,7 @@ func (r *Replica) open(o opened) (err error) {
 	}
 	r.mem = r.mapping[:o.size:o.size]
 	r.versions = unsafe.Slice((*uint64)(unsafe.Pointer(&r.mapping[versionsAt(o.size)])), n.chunks())
-	r.spare = make([]byte, len(n.stage))
+	r.spare, r.dirtied = make([]byte, len(n.stage)), chunk.NewSet(n.chunks())
 	if r.dec, err = delta.NewDecoder(); err != nil {
 		return err
 	}
@@ -170,6 +182,9 @@ func (r *Replica) epoch(round uint64) {
 	n := r.node
 	n.own.Lock()
 	defer n.own.Unlock()
+	if r.owned {
+		return
+	}
 	r.damaged = false
 	if round < n.round {
 		n.round = round
@@ -182,6 +197,9 @@ func (r *Replica) prints(id uint16) []frame {
 	n := r.node
 	n.own.Lock()
 	defer n.own.Unlock()
+	if r.owned {
+		return nil // the source has nothing for us any more
+	}
 	if r.empty {
 		return []frame{{kind: framePrints, flags: flagLast | flagEmpty, region: id}}
 	}
@@ -204,6 +222,9 @@ func (r *Replica) handle(ctx context.Context, f frame) (answers []frame, err err
 	case frameDelta:
 		n.own.Lock()
 		defer n.own.Unlock()
+		if r.owned {
+			return nil, protocol("round %d of a region that was taken over", f.round)
+		}
 		p, err := parsePiece(f.body, n.size, n.chunk)
 		if err != nil {
 			return nil, err
@@ -223,6 +244,8 @@ func (r *Replica) handle(ctx context.Context, f frame) (answers []frame, err err
 		}
 	case frameEnd:
 		return r.end(ctx, f)
+	case frameTaken:
+		return nil, r.taken(f)
 	case frameStable:
 		n.mu.Lock()
 		defer n.mu.Unlock()
@@ -277,6 +300,11 @@ func (r *Replica) store(p piece, next, d []byte) {
 			continue // this chunk of the piece is as it was
 		}
 		to := min(at+n.chunk, int64(p.n))
+		if r.versions[i] == 0 {
+			r.here(to - at)
+		} else {
+			r.dirtied.Mark(i, i+1)
+		}
 		atomic.StoreUint64(&r.versions[i], n.round<<1|1)
 		copy(now[at:to], next[at:to])
 		copy(n.entry(i, i+1), d[k:k+size])
@@ -284,11 +312,33 @@ func (r *Replica) store(p piece, next, d []byte) {
 	}
 }
 
+// here notes that n more bytes are here, a hundred times in all. n.own is held.
+func (r *Replica) here(n int64) {
+	size, before := r.node.size, r.local
+	if r.local += n; before == 0 || r.local == size || r.local*100/size > before*100/size {
+		r.arrived = append(r.arrived, strategies.LocalAt{At: monotonic(), Bytes: r.local})
+	}
+}
+
+// progress is when so many bytes were here for the first time, how many came in all, in which
+// time since NewReplica, and the bytes of chunks that came again.
+func (r *Replica) progress() (arrived []strategies.LocalAt, n, took, again int64) {
+	r.node.own.Lock()
+	defer r.node.own.Unlock()
+	if k := len(r.arrived); k > 0 {
+		n, took = r.arrived[k-1].Bytes, r.arrived[k-1].At-r.began
+	}
+	return slices.Clone(r.arrived), n, took, min(r.dirtied.Count()*r.node.chunk, r.node.size)
+}
+
 // end ends a round: the region must have the source's digest.
 func (r *Replica) end(ctx context.Context, f frame) ([]frame, error) {
 	n := r.node
 	n.own.Lock()
 	defer n.own.Unlock()
+	if r.owned {
+		return nil, nil
+	}
 	ack := frame{kind: frameAck, region: f.region, round: f.round, body: []byte{ackEqual}}
 	if f.round < n.round {
 		return nil, protocol("end of round %d in round %d", f.round, n.round)
@@ -316,9 +366,7 @@ func (r *Replica) end(ctx context.Context, f frame) ([]frame, error) {
 	r.empty = false
 	n.round = f.round
 	n.finish()
-	var now unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) // one clock for all processes of a host
-	r.equalAt.Store(now.Nano())
+	r.equalAt.Store(monotonic())
 	return []frame{ack}, nil
 }
 
@@ -507,6 +555,8 @@ func follow(ctx context.Context, conn net.Conn, replicas []*Replica) error {
 				return err
 			}
 			isOpen[f.region] = true
+			id := f.region
+			wg.Go(func() { r.requests(ctx, id, write) })
 			r.epoch(f.round)
 			answers = r.prints(f.region)
 		} else if answers, err = r.handle(ctx, f); err != nil {

@@ -12,6 +12,7 @@ import (
 
 	"memsync/strategies/chunk"
 	"memsync/strategies/delta"
+	"memsync/strategies/migration/handover"
 	"memsync/strategies/region"
 )
 
@@ -66,6 +67,9 @@ func serve(ctx context.Context, conn net.Conn, find func(name string, chunk int6
 	c.mu.Unlock()
 	for _, s := range sessions {
 		s.n.leave(s)
+		if id := s.taker.Load(); id != 0 {
+			s.n.owner.forget(handover.ID(id))
+		}
 	}
 	var refused *openError
 	if errors.Is(err, errProtocol) || errors.As(err, &refused) { // say why, then hang up
@@ -170,6 +174,10 @@ func (c *serverConn) receive(ctx context.Context, find func(string, int64) (*nod
 				return protocol("ack %d of round %d, the latest is %d", f.body[0], f.round, s.n.current.Load())
 			}
 			s.n.ack(s, f.round, f.body[0])
+		case frameTake:
+			if err := c.take(ctx, s, f, wg); err != nil {
+				return err
+			}
 		case framePing:
 		case frameError:
 			return f.remoteError()
@@ -177,6 +185,29 @@ func (c *serverConn) receive(ctx context.Context, find func(string, int64) (*nod
 			return protocol("frame of type %d from a destination", f.kind)
 		}
 	}
+}
+
+// take answers a request of the hand-over, which may take a while.
+func (c *serverConn) take(ctx context.Context, s *session, f frame, wg *sync.WaitGroup) error {
+	q, err := parseTake(f.body)
+	if err != nil {
+		return err
+	}
+	if s.n.owner == nil {
+		return protocol("%v of region %d, which is a copy here: only its source can hand it over", q.Verb, s.id)
+	}
+	if s.taking.Swap(true) {
+		return protocol("%v of region %d, before the last request was answered", q.Verb, s.id)
+	}
+	s.taker.Store(uint64(q.From))
+	wg.Go(func() {
+		t, round, err := s.n.owner.handle(ctx, q)
+		s.taking.Store(false)
+		if err == nil {
+			c.send(frame{kind: frameTaken, region: s.id, round: round, body: t.encode()})
+		}
+	})
+	return nil
 }
 
 // write sends what is queued, a share of each session in turn.

@@ -35,6 +35,11 @@ type SourceOptions struct {
 	Whole bool
 	// Check is called before each round; an error ends the source. May be nil.
 	Check func() error
+	// Of a hand-over: rounds that are made right before the application is stopped;
+	// how long it may take to stop (0 is 10 s); how long the last round may take, and
+	// then the destination to commit (0 is 30 s).
+	LeadRounds                    int
+	SuspendTimeout, CommitTimeout time.Duration
 }
 
 // Source is the copy of a region that is written. It looks for changes every
@@ -62,7 +67,7 @@ func NewSource(ctx context.Context, b hash.Bytes, read func(ctx context.Context,
 		return nil, err
 	}
 	s := &Source{node: n, o: o, bytes: b, index: delta.NewIndex(b.Size()), asked: make(chan chan uint64), fresh: make([]byte, len(n.table))}
-	n.read = read
+	n.read, n.owner = read, newOwner(s, o)
 	if s.o.Workers < 1 {
 		s.o.Workers = 1
 	}
@@ -98,6 +103,7 @@ func NewSource(ctx context.Context, b hash.Bytes, read func(ctx context.Context,
 
 // Close ends the loop; destinations stay as they are.
 func (s *Source) Close() error {
+	s.owner.close()
 	s.cancel()
 	s.mu.Lock()
 	s.cond.Broadcast()
@@ -122,6 +128,15 @@ func (s *Source) Serve(ctx context.Context, conn net.Conn) error {
 // Sync makes a round now and waits until every destination that is connected has
 // it: all that was written before the call. It returns the round.
 func (s *Source) Sync(ctx context.Context) (uint64, error) {
+	r, err := s.now(ctx)
+	if err != nil {
+		return 0, err
+	}
+	return r, s.acknowledged(ctx, r)
+}
+
+// now makes a round now and returns it, without waiting for anybody to have it.
+func (s *Source) now(ctx context.Context) (uint64, error) {
 	answer := make(chan uint64, 1)
 	select {
 	case s.asked <- answer:
@@ -132,7 +147,7 @@ func (s *Source) Sync(ctx context.Context) (uint64, error) {
 	}
 	select {
 	case r := <-answer:
-		return r, s.acknowledged(ctx, r)
+		return r, nil
 	case <-s.done:
 		return 0, errors.Join(s.err, region.ErrClosed)
 	case <-ctx.Done():
@@ -174,7 +189,7 @@ func (s *Source) loop(ctx context.Context) error {
 			}
 		}
 		var err error
-		if more, err = s.cycle(ctx, poll && !s.idle.Load() || answer != nil, answer != nil); err != nil {
+		if more, err = s.cycle(ctx, poll && !s.idle.Load() && !s.owner.released.Load() || answer != nil, answer != nil); err != nil {
 			return err
 		}
 		if answer != nil {

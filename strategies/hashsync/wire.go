@@ -43,6 +43,8 @@ const (
 	frameStable            // down: all destinations have the round
 	frameError             // both: why this region or connection ends
 	framePing              // both: somebody is there
+	frameTake              // up: a request of the hand-over
+	frameTaken             // down: its answer
 )
 
 // Flags.
@@ -131,6 +133,10 @@ func readFrame(r io.Reader, buf []byte) (f frame, _ []byte, err error) {
 	case frameStable, framePing:
 	case frameError:
 		lo, hi = 2, 2+maxText
+	case frameTake:
+		lo, hi = takeSize, takeSize
+	case frameTaken:
+		lo, hi = takenSize, takenSize+maxText
 	default:
 		return f, buf, protocol("frame type %d", f.kind)
 	}
