@@ -220,9 +220,6 @@ func deltaVersusRsync() Figure {
 			var cells []*Cell
 			for _, pattern := range []string{"scattered", "clustered", "insert"} {
 				for _, f := range fractions {
-					if pattern == "insert" && f > 0.01 {
-						continue
-					}
 					shape := []string{"dirty_pattern=" + pattern, fmt.Sprintf("dirty_fraction=%g", f), "pulses=0"}
 					c := syncCell("delta-vs-rsync", size, append([]string{"dirty=pagemap"}, shape...)...)
 					r := &Cell{Figure: "delta-vs-rsync", Variant: Network, Strategy: "rsync", Peer: true, Op: OpSync, Size: size, PullWorkers: -1, PushWorkers: -1,

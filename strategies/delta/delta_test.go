@@ -104,9 +104,15 @@ func TestSmall(t *testing.T) {
 	x := NewIndex(size)
 	x.Update(0, old)
 	all := func(int64, int64) bool { return true }
+	d, err := NewDecoder()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
 	few := bytes.Clone(old)
 	few[100], few[70000] = 1, 2
 	inserted := append(append(bytes.Clone(old[:5000]), "nine byte"...), old[5000:size-9]...)
+	const a, b, seam = 128 << 10, 192 << 10, Block - 1 // a piece in the middle, and what is around it
 	text := bytes.Repeat([]byte("memory synchronisation "), size/23+1)[:size]
 	for _, c := range []struct {
 		name string
@@ -119,6 +125,7 @@ func TestSmall(t *testing.T) {
 		{"two bytes, runs", Runs, Piece{New: few, Old: old}, 40},
 		{"insertion", Moved, Piece{New: inserted, Index: x, Usable: all}, 3*Block + 64},
 		{"insertion, auto", Auto, Piece{New: inserted, Index: x, Usable: all}, 3*Block + 64},
+		{"behind an insertion", Moved, Piece{New: inserted[a:b], Off: a, Around: inserted[a-seam : b+seam], Lead: seam, Index: x, Usable: all}, 32},
 		{"text on a slow link", Auto, Piece{New: text, Index: x}, 4096},
 		{"zeroes", Blocks, Piece{New: make([]byte, size), Index: x}, 8},
 		{"new, whole", Whole, Piece{New: text, Index: x}, size + MaxOverhead},
@@ -127,8 +134,14 @@ func TestSmall(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if n := len(e.Encode(c.p, 1e6)); n > c.most {
+		body := e.Encode(c.p, 1e6)
+		if n := len(body); n > c.most {
 			t.Errorf("%s: %d bytes, want at most %d", c.name, n, c.most)
+		}
+		got := make([]byte, len(c.p.New))
+		err = d.Decode(got, old[c.p.Off:][:len(got)], body, func(p []byte, off int64) error { copy(p, old[off:]); return nil })
+		if err != nil || !bytes.Equal(got, c.p.New) {
+			t.Errorf("%s: decoded to the same bytes: %t, %v", c.name, bytes.Equal(got, c.p.New), err)
 		}
 		e.Close()
 	}

@@ -30,13 +30,25 @@ func Modes() []string {
 
 // Piece is what is to be encoded.
 type Piece struct {
-	New   []byte // the new version, 1 to MaxPiece bytes
-	Off   int64  // in the region; a multiple of Block
-	Old   []byte // the old version where there is one here, else nil
-	Index *Index // of what the other side has, else nil
+	New []byte // the new version, 1 to MaxPiece bytes
+	// Around is New with up to Block-1 bytes before it and behind it, as of the same
+	// moment, and Lead how many before; nil is without any.
+	Around []byte
+	Lead   int
+	Off    int64  // in the region; a multiple of Block
+	Old    []byte // the old version where there is one here, else nil
+	Index  *Index // of what the other side has, else nil
 	// Usable says which part of the old region the other side can still copy
 	// from; nil is none.
 	Usable func(off, n int64) bool
+}
+
+// around is the piece with what is around it, and where in that it begins.
+func (p Piece) around() ([]byte, int) {
+	if p.Around == nil {
+		return p.New, 0
+	}
+	return p.Around, p.Lead
 }
 
 // Encoder encodes pieces. It measures how fast it compresses and to what, to
@@ -48,7 +60,8 @@ type Encoder struct {
 
 	zrate, zratio float64 // bytes compressed a second; compressed by uncompressed size
 	samples       int
-	barren        int // pieces in a row in which nothing moved was found
+	srate         float64 // bytes of a piece searched a second
+	barren        bool    // nothing that had moved was found in the last piece that was searched
 }
 
 // NewEncoder returns an encoder of the mode.
@@ -66,7 +79,7 @@ func (e *Encoder) Close() { _ = e.z.Close() }
 // Encode returns the body of a piece, valid until the next call; link is the
 // rate at which bodies leave, in bytes a second, 0 where it is not known.
 func (e *Encoder) Encode(p Piece, link float64) []byte {
-	s := e.stream(p)
+	s := e.stream(p, link)
 	if len(s) > len(p.New)+MaxOverhead-1 {
 		s = e.write(1, p, func(w *writer) { w.add(opNew, len(p.New), 0) })
 	}
@@ -87,7 +100,7 @@ func (e *Encoder) write(i int, p Piece, f func(*writer)) []byte {
 }
 
 // stream makes the shortest stream that the mode allows.
-func (e *Encoder) stream(p Piece) []byte {
+func (e *Encoder) stream(p Piece, link float64) []byte {
 	s := e.write(0, p, func(w *writer) {
 		switch {
 		case e.mode == Whole:
@@ -98,41 +111,38 @@ func (e *Encoder) stream(p Piece) []byte {
 			blocks(w, p)
 		}
 	})
-	if (e.mode != Auto && e.mode != Moved) || p.Index == nil || p.Usable == nil || len(s) < len(p.New)/2 {
+	if !e.Searches() || p.Index == nil || p.Usable == nil || len(s) < min(len(p.New)/2, searched) {
 		return s
 	}
-	if !e.Searches() {
-		e.barren++
-		return s
+	p.Index.refresh()
+	// Each byte is looked at where something has moved lately, or where that takes less time than
+	// to send it. Else every now and then, which is enough to find long runs.
+	if e.barren && (link == 0 || link > e.srate/2) {
+		p.Index.probe(p.New, p.Off, func(_ int, from int64) bool {
+			e.barren = !p.Usable(from, Block)
+			return e.barren
+		})
+		if e.barren {
+			return s
+		}
 	}
-	// Where blocks have moved they lie behind what was inserted, however long that
-	// is; where none was found lately, a look at the beginning is enough.
-	patience, found := len(p.New), 0
-	if e.barren > 0 {
-		patience = 64 << 10
+	begin, found := time.Now(), 0
+	m := e.write(1, p, func(w *writer) { found = p.Index.moved(w, p) })
+	e.barren = found == 0
+	if took := time.Since(begin).Seconds(); e.barren && took > 0 { // what is found is skipped, and takes no time
+		e.srate = float64(len(p.New)) / took
 	}
-	m := e.write(1, p, func(w *writer) {
-		found = p.Index.moved(w, func(_ int, off, n int64) bool { return p.Usable(off, n) }, patience)
-	})
-	if found == 0 {
-		e.barren++
-		return s
-	}
-	e.barren = 0
 	if len(m) < len(s) {
 		return m
 	}
 	return s
 }
 
-// Searches reports whether the next piece, where most of it has changed, is
-// searched for blocks that have moved.
-func (e *Encoder) Searches() bool {
-	if e.mode != Auto && e.mode != Moved {
-		return false
-	}
-	return e.barren < 4 || e.barren%32 == 0 // where nothing moves look again now and then
-}
+// searched is how many new bytes are worth a search for where they may come from.
+const searched = 64 << 10
+
+// Searches reports whether pieces of which much has changed are searched for blocks that have moved.
+func (e *Encoder) Searches() bool { return e.mode == Auto || e.mode == Moved }
 
 // blocks leaves out the blocks that the other side has in the same place, and zeroes.
 func blocks(w *writer, p Piece) {

@@ -2,6 +2,7 @@ package delta
 
 import (
 	"encoding/binary"
+	"math/bits"
 
 	"github.com/zeebo/xxh3"
 
@@ -12,7 +13,7 @@ import (
 const Block = 4096
 
 // Index knows the blocks of the version that the other side has by their
-// checksums: 20 bytes for each 4 KiB, and 12 more once moved blocks are searched.
+// checksums: 20 bytes for each 4 KiB, and 8 to 12 more once moved blocks are searched.
 // It is not safe for concurrent use.
 //
 // The weak checksum is that of rsync (Tridgell and Mackerras, "The rsync
@@ -24,9 +25,10 @@ type Index struct {
 	weak   []uint32
 	strong [][16]byte
 	filter []uint64 // a bit for each value of the low bits of a weak sum that occurs
-	lookup map[uint32]int32
-	next   []int32 // another block with the same weak sum; -1 ends
-	fresh  bool    // filter, lookup and next are of this round
+	heads  []int32  // the first block of each bucket of weak sums; -1 is none
+	shift  int      // of what becomes the bucket's number
+	next   []int32  // another block of the same bucket; -1 ends
+	fresh  bool     // filter, heads and next are of this round
 }
 
 // NewIndex returns the index of a region of size bytes of which nothing is known.
@@ -52,16 +54,49 @@ func (x *Index) Round() { x.fresh = false }
 // Whence tells where the blocks of p, which are to go to off, are on the other
 // side: how many bytes of them below where they go, and how many there or above.
 func (x *Index) Whence(p []byte, off int64) (below, above int64) {
-	w := writer{piec: p}
-	x.moved(&w, func(at int, from, n int64) bool {
+	x.refresh()
+	x.probe(p, off, func(at int, from int64) bool {
 		if from < off+int64(at) {
-			below += n
+			below += Block
 		} else {
-			above += n
+			above += Block
 		}
 		return true
-	}, len(p))
+	})
 	return below, above
+}
+
+// pitch is between two places where probe looks. What has moved and is as long as this and
+// two blocks cannot be missed: so nothing of what rsync finds by blocks of 64 KiB.
+const pitch = 32 << 10
+
+// probe calls found for blocks of p, which is to go to off, that the other side has
+// elsewhere: at most one of each pitch. It ends where found returns false.
+func (x *Index) probe(p []byte, off int64, found func(at int, from int64) bool) {
+	for at := 0; at+Block <= len(p); at += pitch {
+		if hit, from, ok := x.search(p, at, min(at+Block, len(p)-Block+1)); ok && from != off+int64(hit) && !found(hit, from) {
+			return
+		}
+	}
+}
+
+// search looks at the blocks of p that begin in [lo, hi) for the first that the
+// other side has.
+func (x *Index) search(p []byte, lo, hi int) (at int, from int64, ok bool) {
+	sum := weak(p[lo : lo+Block])
+	a, b := sum&0xffff, sum>>16
+	for at := lo; ; {
+		if from, ok := x.find(a&0xffff|b<<16, p[at:at+Block]); ok {
+			return at, from, true
+		}
+		if at+1 >= hi {
+			return at, 0, false
+		}
+		out, in := uint32(p[at]), uint32(p[at+Block])
+		a += in - out
+		b += a&0xffff - Block*out
+		at++
+	}
 }
 
 func strong(p []byte) [16]byte { return xxh3.Hash128(p).Bytes() }
@@ -80,27 +115,36 @@ func (x *Index) same(i int64, p []byte) bool { return x.strong[i] == strong(p) }
 
 const filterBits = 1 << 20
 
-func slot(w uint32) uint32 { return (w * 0x9E3779B1) >> 12 } // 20 bits
+func slot(w uint32) uint32 { return bucket(w, 12) } // 20 bits
+
+func bucket(w uint32, shift int) uint32 { return (w * 0x9E3779B1) >> shift }
 
 func (x *Index) refresh() {
 	if x.fresh {
 		return
 	}
 	x.fresh = true
-	x.filter, x.next = make([]uint64, filterBits/64), make([]int32, len(x.weak))
-	x.lookup = make(map[uint32]int32, len(x.weak))
+	if x.next == nil {
+		k := max(bits.Len(uint(len(x.weak))), 8)
+		x.filter, x.next, x.heads, x.shift = make([]uint64, filterBits/64), make([]int32, len(x.weak)), make([]int32, 1<<k), 32-k
+	}
+	clear(x.filter)
+	for i := range x.heads {
+		x.heads[i] = -1
+	}
 	for i, w := range x.weak {
 		if int64(i+1)*Block > x.size {
 			break // a short last block is never found elsewhere
 		}
-		x.next[i] = -1
-		if j, ok := x.lookup[w]; ok {
-			if x.strong[j] == x.strong[i] {
-				continue // one of equal blocks is enough
-			}
-			x.next[i] = j
+		h := &x.heads[bucket(w, x.shift)]
+		j := *h
+		for j >= 0 && x.strong[j] != x.strong[i] {
+			j = x.next[j]
 		}
-		x.lookup[w] = int32(i)
+		if j >= 0 {
+			continue // one of equal blocks is enough
+		}
+		x.next[i], *h = *h, int32(i)
 		x.filter[slot(w)/64] |= 1 << (slot(w) % 64)
 	}
 }
@@ -111,12 +155,15 @@ func (x *Index) find(w uint32, p []byte) (off int64, ok bool) {
 	if x.filter[slot(w)/64]>>(slot(w)%64)&1 == 0 {
 		return 0, false
 	}
-	i, ok := x.lookup[w]
-	if !ok {
-		return 0, false
-	}
-	s := strong(p)
-	for ; i >= 0; i = x.next[i] {
+	var s [16]byte
+	known := false
+	for i := x.heads[bucket(w, x.shift)]; i >= 0; i = x.next[i] {
+		if x.weak[i] != w {
+			continue
+		}
+		if !known {
+			s, known = strong(p), true
+		}
 		if x.strong[i] == s {
 			return int64(i) * Block, true
 		}
@@ -124,39 +171,38 @@ func (x *Index) find(w uint32, p []byte) (off int64, ok bool) {
 	return 0, false
 }
 
-// moved writes the piece as copies of old blocks, at any offset, and the rest as
-// new bytes. usable says whether the decoder can copy n bytes from off to byte at of the
-// piece. It returns how many bytes it found.
-func (x *Index) moved(w *writer, usable func(at int, off, n int64) bool, patience int) (found int) {
-	x.refresh()
-	p := w.piec
-	pos, lit := 0, 0 // lit is the first byte not written yet
-	for pos+Block <= len(p) && pos-lit < patience {
-		sum := weak(p[pos : pos+Block])
-		a, b := sum&0xffff, sum>>16
-		hit := false
-		for pos-lit < patience {
-			if off, ok := x.find(a&0xffff|b<<16, p[pos:pos+Block]); ok && usable(pos, off, Block) {
-				w.add(opNew, pos-lit, 0)
-				w.add(opCopy, Block, off)
-				pos += Block
-				lit, hit = pos, true
-				found += Block
-				break
-			}
-			if pos+Block >= len(p) {
-				break
-			}
-			out, in := uint32(p[pos]), uint32(p[pos+Block])
-			a += in - out
-			b += a&0xffff - Block*out
-			pos++
-		}
-		if !hit {
+// moved writes the piece as copies of old blocks, at any offset, and the rest as new
+// bytes. Of a block that lies across the piece's end it copies what is in the piece. It
+// returns how many bytes it found elsewhere.
+func (x *Index) moved(w *writer, p Piece) (found int) {
+	b, lead := p.around()
+	lit := 0 // the first byte of the piece that is not written yet
+	for pos := 0; pos+Block <= len(b); {
+		at, from, ok := x.search(b, pos, len(b)-Block+1)
+		if !ok {
 			break
 		}
+		to := at - lead // in the piece
+		lo, hi := max(to, lit), min(to+Block, len(p.New))
+		from += int64(lo - to)
+		switch n := hi - lo; {
+		case n <= 0:
+		case from == p.Off+int64(lo):
+			w.add(opNew, lo-lit, 0)
+			w.add(opSame, n, 0)
+			lit = hi
+		case p.Usable(from, int64(n)):
+			w.add(opNew, lo-lit, 0)
+			w.add(opCopy, n, from)
+			lit = hi
+			found += n
+		default:
+			pos = at + 1
+			continue
+		}
+		pos = at + Block
 	}
-	w.add(opNew, len(p)-lit, 0)
+	w.add(opNew, len(p.New)-lit, 0)
 	return found
 }
 

@@ -8,7 +8,10 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"memsync/strategies/chunk"
 	"memsync/strategies/delta"
@@ -187,6 +190,30 @@ func (c *serverConn) receive(ctx context.Context, find func(string, int64) (*nod
 	}
 }
 
+// writeAll writes the buffers as full segments: each time that the socket has room
+// for a part of a large write, the kernel would else send the odd bytes at its end by
+// themselves, which on a quick link is half a percent more of headers.
+func (c *serverConn) writeAll(out net.Buffers) (int64, error) {
+	total := 0
+	for _, b := range out {
+		total += len(b)
+	}
+	if total > 32<<10 {
+		c.cork(1)
+		defer c.cork(0)
+	}
+	return out.WriteTo(c.conn)
+}
+
+// cork is for speed only: connections that are not TCP do without.
+func (c *serverConn) cork(on int) {
+	if s, ok := c.conn.(syscall.Conn); ok {
+		if raw, err := s.SyscallConn(); err == nil {
+			_ = raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_CORK, on) })
+		}
+	}
+}
+
 // take answers a request of the hand-over, which may take a while.
 func (c *serverConn) take(ctx context.Context, s *session, f frame, wg *sync.WaitGroup) error {
 	q, err := parseTake(f.body)
@@ -253,7 +280,7 @@ func (c *serverConn) write(ctx context.Context) error {
 				busy = time.Now()
 			}
 			_ = c.conn.SetWriteDeadline(time.Now().Add(silence))
-			n, err := out.WriteTo(c.conn)
+			n, err := c.writeAll(out)
 			sent += n
 			if d := time.Since(busy); sent > 1<<20 && d > 10*time.Millisecond { // beyond what socket buffers swallow
 				c.bytesPerSecond.Store(int64(float64(sent) / d.Seconds()))

@@ -51,6 +51,7 @@ type Source struct {
 	enc    *delta.Encoder
 	index  *delta.Index
 	shadow []byte
+	around []byte // the piece in hand, and a block less a byte at either side
 	last   []byte // the digest of everything, with Whole
 	fresh  []byte // table of a look at everything
 
@@ -74,6 +75,8 @@ func NewSource(ctx context.Context, b hash.Bytes, read func(ctx context.Context,
 	if s.enc, err = delta.NewEncoder(o.Delta); err != nil {
 		return nil, err
 	}
+	s.around = make([]byte, len(n.stage)+2*delta.Block)
+	n.stage = s.around[:len(n.stage)] // of which only the size is used here
 	if o.Delta == delta.Runs {
 		s.shadow = make([]byte, b.Size())
 	}
@@ -274,10 +277,10 @@ func (s *Source) pieces(ctx context.Context, set *chunk.Set) (iter.Seq2[int64, i
 	if longest > n.perPiece() && s.enc.Searches() {
 		// Its last piece: what is behind an insertion, not the insertion.
 		off, length := n.extent(end-n.perPiece(), end)
-		if err := s.take(ctx, off, n.stage[:length]); err != nil {
+		if err := s.take(ctx, off, s.around[:length]); err != nil {
 			return nil, err
 		}
-		below, above := s.index.Whence(n.stage[:length], off)
+		below, above := s.index.Whence(s.around[:length], off)
 		up = below > above
 	}
 	each := func(yield func(lo, hi int64) bool) {
@@ -359,16 +362,21 @@ func (s *Source) changed(ctx context.Context) (*chunk.Set, error) {
 func (s *Source) emit(ctx context.Context, lo, hi int64) error {
 	n := s.node
 	off, length := n.extent(lo, hi)
-	p := n.stage[:length]
-	if err := s.take(ctx, off, p); err != nil {
+	lead, tail := int64(0), int64(0)
+	if s.enc.Searches() { // what has moved lies across pieces
+		lead, tail = min(off, delta.Block-1), min(n.size-off-length, delta.Block-1)
+	}
+	around := s.around[:lead+length+tail]
+	if err := s.take(ctx, off-lead, around); err != nil {
 		return err
 	}
+	p := around[lead : lead+length]
 	d := n.sum(p)
 	var body []byte
 	if !bytes.Equal(d, n.entry(lo, hi)) {
 		body = []byte{0} // changed; nobody reads it where nobody is equal so far
 		if rate, any := n.slowest(); any {
-			pc := delta.Piece{New: p, Off: off, Index: s.index, Usable: func(o, k int64) bool { return o+k <= n.size }}
+			pc := delta.Piece{New: p, Around: around, Lead: int(lead), Off: off, Index: s.index, Usable: func(o, k int64) bool { return o+k <= n.size }}
 			if s.shadow != nil {
 				pc.Old = s.shadow[off : off+length]
 			}
