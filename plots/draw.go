@@ -117,6 +117,10 @@ func newFigure(rows []results.Row, hist results.Histograms, spec results.FigureS
 	if err != nil {
 		return nil, err
 	}
+	if spec.Kind == results.FigureMap && len(own) > 0 {
+		lab = nil // no rivals of those outside
+		rows = results.Filter(rows, func(r results.Row) bool { return !r.Lab() })
+	}
 	for i, s := range lab { // a panel is named by all of its key but the last part
 		if at := strings.LastIndex(s.Key, "/"); spec.Kind == results.FigureHeat && at >= 0 && len(own) > 0 {
 			lab[i].Key = s.Key[:at] + ", lab" + s.Key[at:]
@@ -129,7 +133,7 @@ func newFigure(rows []results.Row, hist results.Histograms, spec results.FigureS
 		return nil, ErrNoData
 	}
 	f.cats = categories(f.entries, spec.X.Categories)
-	if spec.Kind == results.FigureHeat {
+	if spec.Kind.Grid() {
 		f.panels = makePanels(slices.Concat(own, lab), spec)
 	}
 	for _, e := range f.entries {
@@ -268,6 +272,11 @@ func (f *figure) describe(rows []results.Row) (subtitle, caption string) {
 		}
 	case results.FigureHeat:
 		subtitle = "Median, " + n
+	case results.FigureMap:
+		subtitle = "Best median, and by how much; several where their 95 % intervals overlap, " + strings.ReplaceAll(n, " ", noBreak)
+		if hi < results.MinCI {
+			subtitle = fmt.Sprintf("Best median, %s (no CI below %d: nothing is told apart)", n, results.MinCI)
+		}
 	}
 	if slices.ContainsFunc(f.entries, func(e entry) bool { return e.lab && e.hasValues() }) {
 		if subtitle += "; lab kernel"; f.spec.Kind == results.FigureLine || f.spec.Kind == results.FigureBar {
@@ -306,7 +315,7 @@ func (f *figure) describe(rows []results.Row) (subtitle, caption string) {
 
 // emptyName is the name of what e shows where none of that is ok, else "".
 func (f *figure) emptyName(e entry) string {
-	if f.spec.Kind != results.FigureHeat {
+	if !f.spec.Kind.Grid() {
 		if e.hasValues() {
 			return ""
 		}
@@ -459,7 +468,7 @@ func (f *figure) thesisValues(s results.ThesisSeries) []float64 {
 // makeLegend lists what the plot shows. A figure of one bar or box a series
 // names them on its axis and needs no more than the thesis's entry.
 func (f *figure) makeLegend() {
-	named := f.horizontal() && f.spec.X.Column == "" || f.spec.Kind == results.FigureHeat
+	named := f.horizontal() && f.spec.X.Column == "" || f.spec.Kind.Grid()
 	for _, e := range f.entries {
 		if named || !e.hasValues() {
 			continue
@@ -537,6 +546,8 @@ func (f *figure) layout() (title, subtitle, caption []string, plotH vg.Length) {
 	plotH = plotHeight
 	if f.spec.Kind == results.FigureHeat {
 		plotH = f.heatHeight()
+	} else if f.spec.Kind == results.FigureMap {
+		plotH = f.mapHeight()
 	} else if f.horizontal() {
 		_, span := f.rows()
 		plotH = 34 + vg.Length(span)*max(13, min(26, 130/vg.Length(span)))
@@ -584,6 +595,8 @@ func (f *figure) draw(c draw.Canvas) {
 	area.Rectangle = vg.Rectangle{Min: vg.Point{X: margin, Y: y - plotH}, Max: vg.Point{X: width - margin, Y: y}}
 	if f.spec.Kind == results.FigureHeat {
 		f.heat(c, area.Rectangle)
+	} else if f.spec.Kind == results.FigureMap {
+		f.decisions(c, area.Rectangle)
 	} else {
 		f.axes(c, area)
 	}

@@ -240,6 +240,36 @@ func cases(t *testing.T) map[string]func() (results.FigureSpec, []results.Row) {
 				Keys: []string{"strategy"}, Series: mounts,
 			}, g.rows
 		},
+		"map": func() (results.FigureSpec, []results.Row) {
+			g := newGen(t)
+			for i, s := range []string{"userfaultfd", "direct-mount", "managed-mount"} {
+				for _, rate := range []float64{10, 1000} {
+					for _, rtt := range []float64{0, 20, 50} {
+						c := cell("rtt-map", s, rtt)
+						c.RateMbit = rate
+						switch {
+						case rtt == 50 && rate == 10: // not measured at all
+						case rtt == 0: // not told apart
+							g.add(c, "latency_first_chunk", 0.001, 0.3, 6)
+						case rtt == 20: // the managed mount, twice as soon as the next
+							g.add(c, "latency_first_chunk", []float64{0.04, 0.02, 0.01}[i], 0.001, 6)
+						default:
+							g.add(c, "latency_first_chunk", []float64{0.01, 0.03, 0.09}[i], 0.001, 6)
+						}
+					}
+				}
+			}
+			g.fail(cell("rtt-map", "nbd-direct", 20), results.StatusUnsupported)
+			lab := cell("rtt-map", "nbd-direct", 20)
+			lab.RateMbit, lab.Kernel = 10, results.LabPrefix+"7"
+			g.add(lab, "latency_first_chunk", 1e-6, 0, 6) // of another kernel: no rival
+			return results.FigureSpec{
+				Name: "rtt-map", Title: "Which strategy wins where", Kind: results.FigureMap,
+				X: results.Axis{Column: "rtt_ms", Label: "RTT", Unit: "ms"}, Rows: results.Axis{Column: "rate_mbit", Label: "Rate", Unit: "Mbit/s"},
+				Y:    results.Axis{Column: "latency_first_chunk", Label: "First-chunk latency", Unit: "ms", Scale: 1e3},
+				Keys: []string{"strategy"}, Series: mounts,
+			}, g.rows
+		},
 		"versus": func() (results.FigureSpec, []results.Row) {
 			g := newGen(t)
 			for _, rate := range []int{1, 4, 16, 64} {
@@ -309,7 +339,9 @@ func TestDraw(t *testing.T) {
 			}
 			text := strings.Join(strings.Fields(svgText(t, drawn[0][".svg"])), " ")
 			want := []string{"n = ", "network", "6.18.1", "source=0", spec.Y.Label}
-			if spec.Y.Unit != "" && spec.Kind != results.FigureDensity {
+			if spec.Kind == results.FigureMap { // which names the best and has no axis of values
+				want = want[:len(want)-1]
+			} else if spec.Y.Unit != "" && spec.Kind != results.FigureDensity {
 				want = append(want, spec.Y.String())
 			}
 			if spec.Thesis != "" {
@@ -318,6 +350,11 @@ func TestDraw(t *testing.T) {
 			switch name {
 			case "heat":
 				want = append(want, "RTT (ms)", "Rate (Mbit/s)", "1000", "0.97", "–", "No run is ok: nbd-direct")
+			case "map":
+				want = append(want, "RTT (ms)", "Rate (Mbit/s)", "2×", "3×", " or", "–", "No run is ok: nbd-direct")
+				if strings.Contains(text, "lab") {
+					t.Errorf("runs of the lab kernel are rivals of the machine's own: %s", text)
+				}
 			case "versus": // between 4 and 16 MiB/s, at 4 x 4^(1/3) in the logarithm
 				want = append(want, "Against direct (interpolated medians): managed above it from 6.35 MiB/s")
 			}

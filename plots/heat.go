@@ -15,7 +15,8 @@ import (
 
 // panel is one series of a heat map: its cells, by x and row.
 type panel struct {
-	name  string
+	name string
+	style
 	cells map[[2]string]results.Point
 }
 
@@ -24,16 +25,16 @@ type panel struct {
 func makePanels(series []results.Series, spec results.FigureSpec) []panel {
 	byKey := map[string]panel{}
 	var order []string
-	for _, s := range spec.Series {
+	for i, s := range spec.Series {
 		order = append(order, s.Key)
-		byKey[s.Key] = panel{cmp.Or(s.Label, s.Key), map[[2]string]results.Point{}}
+		byKey[s.Key] = panel{cmp.Or(s.Label, s.Key), styleOf(i), map[[2]string]results.Point{}}
 	}
 	for _, s := range series {
 		i := strings.LastIndex(s.Key, "/")
 		key, row := s.Key[:i], s.Key[i+1:]
 		if _, ok := byKey[key]; !ok {
 			order = append(order, key)
-			byKey[key] = panel{key, map[[2]string]results.Point{}}
+			byKey[key] = panel{key, styleOf(len(order) - 1), map[[2]string]results.Point{}}
 		}
 		for _, p := range s.Points {
 			if p.N > 0 {

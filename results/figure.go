@@ -19,7 +19,11 @@ const (
 	FigureDensity FigureKind = "density" // kernel density of the runs' values
 	FigureCDF     FigureKind = "cdf"     // share of the runs, or of a histogram's counts, at or below a value
 	FigureHeat    FigureKind = "heat"    // the median as the colour of a cell of x and Rows, a panel a series
+	FigureMap     FigureKind = "map"     // the series with the best median as the colour of a cell of x and Rows
 )
+
+// Grid reports whether the figure has cells of x and Rows.
+func (k FigureKind) Grid() bool { return k == FigureHeat || k == FigureMap }
 
 // Axis is an axis of a figure: what it shows, and in which unit.
 type Axis struct {
@@ -65,7 +69,7 @@ type FigureSpec struct {
 	Title  string
 	Kind   FigureKind
 	X, Y   Axis
-	Rows   Axis                // heat maps only: the vertical axis; Y is the colour's
+	Rows   Axis                // of heat and map: the vertical axis; Y is what colours
 	Where  map[string][]string // only rows whose column has one of the texts; nil is all rows of the figure
 	Keys   []string            // columns (or params.NAME) that tell series apart
 	Series []FigureSeries      // order, labels and colours; series that are not named follow in order of their keys
@@ -95,7 +99,7 @@ func (f FigureSpec) Query() Query {
 	if f.histogram() {
 		q.Metric = "bytes_done" // every run that is ok has it; what counts are the runs' names
 	}
-	if f.Kind == FigureHeat {
+	if f.Kind.Grid() {
 		q.Keys = append(slices.Clone(f.Keys), f.Rows.Column)
 	}
 	return q
@@ -114,7 +118,7 @@ func (f FigureSpec) Check() error {
 		return fmt.Errorf("figure %s: %w", f.Name, fmt.Errorf(format, a...))
 	}
 	switch f.Kind {
-	case FigureLine, FigureBar, FigureBox, FigureDensity, FigureCDF, FigureHeat:
+	case FigureLine, FigureBar, FigureBox, FigureDensity, FigureCDF, FigureHeat, FigureMap:
 	default:
 		return fault("no kind %q", f.Kind)
 	}
@@ -124,8 +128,11 @@ func (f FigureSpec) Check() error {
 	if f.Kind == FigureLine && f.X.Column == "" {
 		return fault("a line needs a column for x")
 	}
-	if (f.X.Column == "" || f.Rows.Column == "" || len(f.Keys) == 0) && f.Kind == FigureHeat {
-		return fault("a heat map needs columns for x and rows, and keys for its panels")
+	if (f.X.Column == "" || f.Rows.Column == "" || len(f.Keys) == 0) && f.Kind.Grid() {
+		return fault("a %s needs columns for x and rows, and keys", f.Kind)
+	}
+	if m, _ := MetricByName(f.Y.Column); f.Kind == FigureMap && m.Better == Neither {
+		return fault("of %s neither more nor less is better", f.Y.Column)
 	}
 	if m, ok := MetricByName(f.Y.Column); (!ok || m.Name == RunMetric) && !f.histogram() {
 		return fault("no metric %q", f.Y.Column)

@@ -24,7 +24,6 @@ type Figure struct {
 // Figures returns all figures, family by family.
 func Figures() []Figure {
 	return slices.Concat(
-		allFigures(),
 		rttFigures(),
 		thesisFigures(),
 		linkFigures(),
@@ -37,6 +36,7 @@ func Figures() []Figure {
 		migrationFigures(),
 		snapshotFigures(),
 		transportFigures(),
+		allFigures(),
 	)
 }
 

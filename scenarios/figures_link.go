@@ -166,6 +166,15 @@ func rttAndRate() Figure {
 			s.Y = results.Axis{Column: "latency_first_chunk", Label: "First-chunk latency", Unit: "ms", Scale: 1e3, Log: true}
 			s.Note = "One load of the second page after open."
 		}),
+		alsoAs(f.Spec, "decision-map", func(s *results.FigureSpec) {
+			s.Title, s.Kind = "Which strategy wins where: soonest to have the region", results.FigureMap
+			s.Note = "By the bytes read from opening on, by time and rate, of what the link carries in 5 s (quick: 0.25 s); ×: times the next. Sequential read, every strategy as it is by default."
+		}),
+		alsoAs(f.Spec, "decision-map-first-chunk", func(s *results.FigureSpec) {
+			s.Title, s.Kind = "Which strategy wins where: soonest first page", results.FigureMap
+			s.Y = results.Axis{Column: "latency_first_chunk", Label: "First-chunk latency", Unit: "ms", Scale: 1e3}
+			s.Note = "One load of the second page after open, which has been pulled by then where a strategy prefetches; ×: times sooner than the next."
+		}),
 	}
 	f.Cells = func(variant string, quick bool) []*Cell {
 		rtts, rates := []int{1, 10, 20, 40, 100}, []int64{10, 100, 1000}

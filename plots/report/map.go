@@ -1,7 +1,6 @@
 package report
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 
@@ -43,12 +42,6 @@ func decisionMaps(rows []results.Row) []decisionMap {
 		}
 	}
 	return out
-}
-
-type contender struct {
-	name   string
-	better results.Better
-	results.Summary
 }
 
 func newMap(rows []results.Row, metric, title string) (decisionMap, bool) {
@@ -96,15 +89,15 @@ func newMap(rows []results.Row, metric, title string) (decisionMap, bool) {
 	for _, rtt := range rtts {
 		line := mapLine{RTT: rtt}
 		for _, rate := range rates {
-			var all []contender
+			var all []results.Contender
 			at := link{rtt, rate}
 			for name, v := range values[at] {
 				if len(v) < runs[at][name] { // the time of some was over first: the others alone would flatter it
 					continue
 				}
-				all = append(all, contender{name, def.Better, results.Summarize(v)})
+				all = append(all, results.Contender{Name: name, Summary: results.Summarize(v)})
 			}
-			line.Cells = append(line.Cells, best(all, strategies))
+			line.Cells = append(line.Cells, best(all, def.Better, strategies))
 		}
 		d.Lines = append(d.Lines, line)
 	}
@@ -112,28 +105,17 @@ func newMap(rows []results.Row, metric, title string) (decisionMap, bool) {
 }
 
 // best names the winner, with those that are not told apart from it.
-func best(all []contender, strategies []string) mapCell {
-	slices.SortFunc(all, func(a, b contender) int {
-		c := cmp.Compare(a.Median.Float(), b.Median.Float())
-		if a.better == results.Higher {
-			c = -c
-		}
-		return cmp.Or(c, cmp.Compare(a.name, b.name))
-	})
-	if len(all) == 0 {
+func best(all []results.Contender, better results.Better, strategies []string) mapCell {
+	lead := results.Best(all, better)
+	if lead == 0 {
 		return mapCell{Text: "no runs that ended in time", Style: -1}
 	}
-	first := all[0]
-	c := mapCell{Best: []string{first.name}, Style: slices.Index(strategies, first.name)}
-	for _, o := range all[1:] {
-		low, okLow := o.CILow.Get()
-		high, okHigh := first.CIHigh.Get()
-		if !okLow || !okHigh || low <= high { // too few runs tell nothing apart
-			c.Best = append(c.Best, o.name)
-			continue
-		}
-		c.Text = fmt.Sprintf("%.3g times sooner than %s", o.Median.Float()/first.Median.Float(), o.name)
-		break
+	c := mapCell{Style: slices.Index(strategies, all[0].Name)}
+	for _, o := range all[:lead] {
+		c.Best = append(c.Best, o.Name)
+	}
+	if lead < len(all) {
+		c.Text = fmt.Sprintf("%.3g times sooner than %s", all[lead].Median.Float()/all[0].Median.Float(), all[lead].Name)
 	}
 	return c
 }

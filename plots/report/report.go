@@ -163,6 +163,9 @@ func newPage(in Input) (*page, error) {
 	p.Drifts = results.Drifts(in.Rows, func(figure, metric string) bool { return slices.Contains(drawn[figure], metric) })
 	p.Maps = decisionMaps(in.Rows)
 	for _, spec := range in.Figures {
+		if spec.Kind == results.FigureMap { // the page has tables of these (decisionMaps)
+			continue
+		}
 		f, err := newFigure(in, spec)
 		if err != nil {
 			return nil, fmt.Errorf("report figure %s: %w", spec.Name, err)
