@@ -14,7 +14,7 @@ STAMP = $(shell h=$$(git rev-parse HEAD 2>/dev/null) && echo "$$h$$(test -z "$$(
 LDFLAGS = -ldflags "-X memsync/results.stamp=$(STAMP)"
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: bench bench-all bench-nbd bench-lab test build race lint fmt fuzz clean help peers peers-test
+.PHONY: bench bench-all paper bench-nbd bench-lab test build race lint fmt fuzz clean help peers peers-test
 
 bench: build ## the main job: two figures, quick form, on a real shaped link (minutes)
 	bin/memsync doctor
@@ -24,6 +24,9 @@ bench-all: build ## every figure in both variants, and a report: hours; QUICK=1 
 	bin/memsync doctor
 	bin/memsync run --all $(if $(QUICK),--quick,--variant both) --out $(ALL)
 	bin/memsync report $(ALL)
+
+paper: build ## a paper (PDF) of the result folder DIR: DIR/paper/paper.pdf; without LaTeX it names Debian's packages
+	bin/memsync paper $(if $(DIR),$(DIR),$(ALL))
 
 # One package at a time: tests that measure time must not compete with others.
 test: build ## all tests (PKG=./netem for one package)

@@ -27,6 +27,7 @@ import (
 	"gonum.org/v1/plot/vg"
 	"gonum.org/v1/plot/vg/draw"
 	"gonum.org/v1/plot/vg/vgimg"
+	"gonum.org/v1/plot/vg/vgpdf"
 	"gonum.org/v1/plot/vg/vgsvg"
 
 	"memsync/results"
@@ -47,21 +48,9 @@ func Draw(rows []results.Row, hist results.Histograms, spec results.FigureSpec, 
 	if err := os.MkdirAll(outDir, 0o777); err != nil {
 		return nil, fmt.Errorf("draw figure %s: %w", spec.Name, err)
 	}
-	variants := map[string][]results.Row{}
-	for _, r := range spec.Select(rows) {
-		variants[r.Variant] = append(variants[r.Variant], r)
-	}
-	if len(variants) == 0 {
-		return nil, fmt.Errorf("draw figure %s: there are no records of it: %w", spec.Name, ErrNoData)
-	}
 	var paths []string
-	var errs []error
-	for _, variant := range slices.Sorted(maps.Keys(variants)) {
-		fig, err := newFigure(variants[variant], hist, spec)
-		if err != nil {
-			errs = append(errs, fmt.Errorf("draw figure %s, variant %s: %w", spec.Name, variant, err))
-			continue
-		}
+	err := each(rows, hist, spec, func(variant string, fig *figure) error {
+		var errs []error
 		for ext, render := range map[string]func() ([]byte, error){".png": fig.png, ".svg": fig.svg} {
 			path := filepath.Join(outDir, spec.Name+"."+cmp.Or(variant, "all")+ext)
 			data, err := render()
@@ -74,9 +63,62 @@ func Draw(rows []results.Row, hist results.Histograms, spec results.FigureSpec, 
 			}
 			paths = append(paths, path)
 		}
-	}
+		return errors.Join(errs...)
+	})
 	slices.Sort(paths)
-	return paths, errors.Join(errs...)
+	return paths, err
+}
+
+// Picture is a figure of one variant for a document that sets the words itself.
+type Picture struct {
+	Variant  string
+	PDF      []byte // the plot and its legend, at the width of a column
+	Title    string
+	Subtitle string // what is shown, and n
+	Caption  string // conditions, sources, notes
+}
+
+// Pictures draws the figure as PDF, once for each variant. Where no run is ok the
+// error matches ErrNoData; the other variants are drawn.
+func Pictures(rows []results.Row, hist results.Histograms, spec results.FigureSpec) ([]Picture, error) {
+	if err := spec.Check(); err != nil {
+		return nil, fmt.Errorf("draw: %w", err)
+	}
+	var out []Picture
+	err := each(rows, hist, spec, func(variant string, fig *figure) error {
+		p := Picture{Variant: variant, Title: spec.Title, Subtitle: fig.subtitle, Caption: strings.ReplaceAll(fig.caption, noBreak, " ")}
+		fig.bare = true
+		var err error
+		if p.PDF, err = fig.pdf(); err != nil {
+			return fmt.Errorf("draw figure %s, variant %s: %w", spec.Name, variant, err)
+		}
+		out = append(out, p)
+		return nil
+	})
+	return out, err
+}
+
+// each lays out the figure for each variant that rows have, in order.
+func each(rows []results.Row, hist results.Histograms, spec results.FigureSpec, do func(variant string, fig *figure) error) error {
+	variants := map[string][]results.Row{}
+	for _, r := range spec.Select(rows) {
+		variants[r.Variant] = append(variants[r.Variant], r)
+	}
+	if len(variants) == 0 {
+		return fmt.Errorf("draw figure %s: there are no records of it: %w", spec.Name, ErrNoData)
+	}
+	var errs []error
+	for _, variant := range slices.Sorted(maps.Keys(variants)) {
+		fig, err := newFigure(variants[variant], hist, spec)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("draw figure %s, variant %s: %w", spec.Name, variant, err))
+			continue
+		}
+		if err := do(variant, fig); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // entry is a series as drawn.
@@ -96,6 +138,7 @@ type figure struct {
 	panels   []panel         // of a heat map
 	subtitle string
 	caption  string
+	bare     bool // without title, subtitle and caption
 
 	height  vg.Length
 	legend  []legendItem
@@ -542,7 +585,9 @@ var (
 // subtitle, plot, legend, caption.
 func (f *figure) layout() (title, subtitle, caption []string, plotH vg.Length) {
 	w := width - 2*margin
-	title, subtitle, caption = wrap(titleText, f.spec.Title, w), wrap(subtitleText, f.subtitle, w), wrap(captionText, f.caption, w)
+	if !f.bare {
+		title, subtitle, caption = wrap(titleText, f.spec.Title, w), wrap(subtitleText, f.subtitle, w), wrap(captionText, f.caption, w)
+	}
 	plotH = plotHeight
 	if f.spec.Kind == results.FigureHeat {
 		plotH = f.heatHeight()
@@ -657,6 +702,15 @@ func (f *figure) png() ([]byte, error) {
 	f.draw(draw.New(c))
 	var b bytes.Buffer
 	_, err := vgimg.PngCanvas{Canvas: c}.WriteTo(&b)
+	return b.Bytes(), err
+}
+
+func (f *figure) pdf() ([]byte, error) {
+	f.layout()
+	c := vgpdf.New(width, f.height)
+	f.draw(draw.New(c))
+	var b bytes.Buffer
+	_, err := c.WriteTo(&b)
 	return b.Bytes(), err
 }
 

@@ -18,7 +18,8 @@ var layers = []struct {
 }{
 	{"cmd", 0, true},
 	{"scenarios", 1, true},
-	{"plots", 1, false},
+	{"paper", 1, false},
+	{"plots", 2, false},
 	{"strategies/conformance", 2, false},
 	{"strategies/all", 3, false},
 	{"strategies/attach", 4, false},

@@ -14,7 +14,7 @@ import (
 // commands lists all commands. Each is an options struct and a function.
 func commands(s *state) []*cobra.Command {
 	return []*cobra.Command{
-		newListCmd(s), newMeasureCmd(s), newRunCmd(s), newPlotCmd(s), newCompareCmd(s), newMergeCmd(s), newClaimsCmd(s), newReportCmd(s), newRecommendCmd(s), newCleanCmd(s),
+		newListCmd(s), newMeasureCmd(s), newRunCmd(s), newPlotCmd(s), newCompareCmd(s), newMergeCmd(s), newClaimsCmd(s), newReportCmd(s), newPaperCmd(s), newRecommendCmd(s), newCleanCmd(s),
 		newDoctorCmd(s), newLabCmd(s), newServeCmd(s), newCertsCmd(s), newSnapshotCmd(s),
 	}
 }

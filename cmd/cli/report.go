@@ -38,30 +38,12 @@ calibrated links.`,
 }
 
 func runReport(s *state, dir, out string) error {
-	rows, err := readRows(s, dir)
+	f, err := readFolder(s, dir)
 	if err != nil {
 		return err
 	}
-	manifest, err := results.ReadManifest(dir)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return exitWith(exitUsage, err)
-	case err != nil:
-		return exitWith(exitFailed, err)
-	}
-	histograms, err := results.ReadHistograms(dir)
-	if err != nil {
-		return exitWith(exitFailed, err)
-	}
-	abs, err := filepath.Abs(dir)
-	if err != nil {
-		return exitWith(exitFailed, err)
-	}
-	in := report.Input{Program: s.program.Name, Name: filepath.Base(abs), Manifest: manifest, Rows: rows, Histograms: histograms,
-		Claims: judge(s, &claimsOptions{sets: claims.Sets()}, rows, scenarios.Variants())}
-	for _, f := range s.program.Figures {
-		in.Figures = append(in.Figures, f.Pictures()...)
-	}
+	in := report.Input{Program: s.program.Name, Name: f.name, Manifest: f.manifest, Rows: f.rows, Histograms: f.histograms, Figures: pictures(s),
+		Claims: judge(s, &claimsOptions{sets: claims.Sets()}, f.rows, scenarios.Variants())}
 	page, err := report.HTML(in)
 	if err == nil {
 		err = results.WriteFile(out, page)
@@ -71,4 +53,43 @@ func runReport(s *state, dir, out string) error {
 	}
 	fmt.Fprintln(s.stdout, "report:", out)
 	return nil
+}
+
+// folder is all that a result folder has.
+type folder struct {
+	name       string
+	manifest   results.Manifest
+	rows       []results.Row
+	histograms results.Histograms
+}
+
+func readFolder(s *state, dir string) (f folder, err error) {
+	if f.rows, err = readRows(s, dir); err != nil {
+		return f, err
+	}
+	f.manifest, err = results.ReadManifest(dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return f, exitWith(exitUsage, err)
+	case err != nil:
+		return f, exitWith(exitFailed, err)
+	}
+	if f.histograms, err = results.ReadHistograms(dir); err != nil {
+		return f, exitWith(exitFailed, err)
+	}
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return f, exitWith(exitFailed, err)
+	}
+	f.name = filepath.Base(abs)
+	return f, nil
+}
+
+// pictures lists the program's figures, as drawn.
+func pictures(s *state) []results.FigureSpec {
+	var out []results.FigureSpec
+	for _, f := range s.program.Figures {
+		out = append(out, f.Pictures()...)
+	}
+	return out
 }
