@@ -69,6 +69,8 @@ var metrics = [...]Metric{
 	{"poll_load", "ratio", Lower, false, "the source begins to poll", "the last write is visible", "CPU seconds of the source a second while it polls."},
 	{"store_time", "s", Lower, false, "the writer's first store of a round", "its last", "What the stores between two rounds cost the writer; median over the rounds of the run."},
 	{"detection_time", "s", Lower, false, "the source begins to look for changes", "it knows the chunks", "One look for changes; median over the rounds of the run."},
+	{"msync_time", "s", Lower, false, "the source begins to look for changes", "it begins to hash", "Part of detection_time: what it takes to write the region back, so that its modification time moves again; median over the rounds of the run."},
+	{"arm_time", "s", Lower, false, "the source is given the writer's mapping", "its pages are write-protected", "What it costs once to be told of stores (dirty=pagemap, uffd-wp)."},
 	{"hash_rate", "B/s", Higher, false, "the source begins to look for changes", "it knows the chunks", "Region bytes by detection_time, where everything is hashed."},
 	{"floor_read", "B/s", Neither, false, "first load", "last load", "Yardstick: the region's mapping read by as many workers as hash it, best of 3."},
 	{"hash_ratio", "ratio", Higher, false, "the source begins to look for changes", "it knows the chunks", "hash_rate by floor_read."},

@@ -30,7 +30,7 @@ func allStrategies() Figure {
 		"read":   "Every page once, 256 KiB in a row and these in random order, the same for all; 20 ms RTT, 100 Mbit/s.",
 		"mixed":  "The same pages in the same order, every second touch a write; then fsync and Sync. 20 ms RTT, 100 Mbit/s.",
 		OpSync:   "Single words written at the source at random moments, looked at every 100 ms; 20 ms RTT, 100 Mbit/s. Of those without a bar no destination follows a source that changes.",
-		"move":   "An application that writes 2 MB/s in random order goes on at the other host: migration (hybrid) takes it over, a mount is closed and opened there; 20 ms RTT, 100 Mbit/s.",
+		"move":   "An application that writes 2 MB/s in random order goes on at the other host: migration (hybrid) and hashsync take it over, a mount is closed and opened there; 20 ms RTT, 100 Mbit/s.",
 		"images": "Copy-on-write images of a region on this host, every 200 ms, while a program writes 10 MB/s to it.",
 	}
 	pictures := []struct {
@@ -99,6 +99,8 @@ func allStrategies() Figure {
 			switch s {
 			case "migration":
 				c.Settings = append(c.Settings, "mode=hybrid", "dirty_rate=2MB")
+			case "hashsync":
+				c.Settings = append(c.Settings, "dirty_rate=2MB")
 			case "direct-mount", "managed-mount", "nbd-direct":
 				c.Backend, c.Settings = "file", append(c.Settings, "dirty_rate=2MB")
 			}

@@ -7,9 +7,10 @@ import (
 	"memsync/results"
 )
 
-// hashsyncFigures are those of hashing, deltas and fan-out: benchmarks N01 to N04 and N21.
+// hashsyncFigures are those of hashing, deltas and fan-out: benchmarks N01 to N04 and N21,
+// and N15 and N16 of copies that follow (of all strategies: all-strategies).
 func hashsyncFigures() []Figure {
-	return []Figure{hashAlgorithms(), hashWorkers(), dirtyDetection(), pollInterval(), pollIntervalDowntime(), deltaVersusRsync(), fanout()}
+	return []Figure{hashAlgorithms(), hashWorkers(), dirtyDetection(), pollInterval(), pollIntervalDowntime(), deltaVersusRsync(), syncCost(), fanout()}
 }
 
 // syncCell is a cell of op sync on a link that does not bind, unless link says otherwise.
@@ -67,7 +68,7 @@ func hashWorkers() Figure {
 	return Figure{
 		Spec: results.FigureSpec{
 			Name: "hash-workers", Title: "Hashing by workers, file handles, and per chunk or file", Kind: results.FigureLine,
-			X:    results.Axis{Column: "params.hash_workers", Label: "Workers"},
+			X:    results.Axis{Column: "params.hash_workers", Label: "Workers", Category: true},
 			Y:    results.Axis{Column: "hash_rate", Label: "Rate", Unit: "GB/s", Scale: 1e-9, Log: true},
 			Keys: []string{"params.hash", "params.handle", "params.digest_of"}, Series: series,
 			Note: "64 KiB chunks. One digest of the file: one worker, where nothing changed.",
@@ -102,8 +103,10 @@ func dirtyDetection() Figure {
 		}
 	}
 	return Figure{
-		Spec:     spec("dirty-detection", "one look", results.Axis{Column: "detection_time", Label: "Time", Unit: "ms", Scale: 1e3, Log: true}, "From the question to the list of chunks. inotify is not drawn: a mapped store makes no event."),
-		More:     []results.FigureSpec{spec("dirty-detection-writer", "what it costs the writer", results.Axis{Column: "store_time", Label: "Time of the stores", Unit: "ms", Scale: 1e3, Log: true}, "All stores between two looks; the first to a page after a look pays.")},
+		Spec: spec("dirty-detection", "one look", results.Axis{Column: "detection_time", Label: "Time", Unit: "ms", Scale: 1e3, Log: true}, "From the question to the list of chunks. inotify is not drawn: a mapped store makes no event."),
+		More: []results.FigureSpec{spec("dirty-detection-writer", "what it costs the writer", results.Axis{Column: "store_time", Label: "Time of the stores", Unit: "ms", Scale: 1e3, Log: true}, "All stores between two looks; the first to a page after a look pays."),
+			spec("dirty-detection-arming", "arming the writer's mapping, once", results.Axis{Column: "arm_time", Label: "Time", Unit: "ms", Scale: 1e3}, "Write protection of all pages, at the source. The other ways need none."),
+			spec("dirty-detection-msync", "msync", results.Axis{Column: "msync_time", Label: "Time", Unit: "ms", Scale: 1e3, Log: true}, "Part of the look by mtime: each must clean the pages, or the time would not move again. On the file system that has the run's scratch folder.")},
 		Variants: []string{Network},
 		Cells: func(_ string, quick bool) []*Cell {
 			size, fractions := int64(1<<30), []float64{0.0001, 0.001, 0.01, 0.1, 1}
@@ -128,7 +131,7 @@ func pollInterval() Figure {
 			X: results.Axis{Column: "params.interval", Label: "Interval", Category: true, Categories: []string{"10ms", "30ms", "100ms", "300ms", "1s"}}, Y: y,
 			Keys:   []string{"params.dirty"},
 			Series: []results.FigureSeries{{Key: "hash", Label: "hash everything"}, {Key: "pagemap", Label: "PAGEMAP_SCAN"}},
-			Note:   "64 MiB, 20 ms RTT, 100 Mbit/s; single words are written at random moments.",
+			Note:   "Single words are written at random moments.",
 		}
 	}
 	return Figure{
@@ -165,7 +168,7 @@ func pollIntervalDowntime() Figure {
 			Keys: []string{"params.dirty", "params.lead_rounds"},
 			Series: []results.FigureSeries{{Key: "hash/0", Label: "hash everything, stopped at once"}, {Key: "pagemap/0", Label: "PAGEMAP_SCAN, stopped at once"},
 				{Key: "hash/1", Label: "hash everything, a round before"}, {Key: "pagemap/1", Label: "PAGEMAP_SCAN, a round before"}},
-			Note: "64 MiB, 20 ms RTT, 1 Gbit/s; the application writes 20 MB/s in random order, is stopped, and goes on at the destination after a last round.",
+			Note: "The application writes 20 MB/s in random order, is stopped, and goes on at the destination after a last round.",
 		}
 	}
 	return Figure{
@@ -204,7 +207,7 @@ func deltaVersusRsync() Figure {
 				{Key: "hashsync/clustered", Label: "hashsync, clustered"}, {Key: "rsync/clustered", Label: "rsync, clustered"},
 				{Key: "hashsync/insert", Label: "hashsync, insertion"}, {Key: "rsync/insert", Label: "rsync, insertion"},
 			},
-			Note: "A round after the change, both sides equal before; chunks and blocks of 64 KiB; 20 ms RTT, 100 Mbit/s. rsync: memsync-peers run delta-vs-rsync.",
+			Note: "A round after the change, both sides equal before; chunks and blocks of 64 KiB. rsync: memsync-peers run delta-vs-rsync.",
 		}
 	}
 	return Figure{
@@ -235,11 +238,56 @@ func deltaVersusRsync() Figure {
 	}
 }
 
+// syncCost is CPU time and bytes of the ways to keep a copy equal.
+func syncCost() Figure {
+	spec := func(name, label string, y results.Axis) results.FigureSpec {
+		return results.FigureSpec{
+			Name: name, Figure: "sync-cost", Title: "Keeping a copy equal: " + label, Kind: results.FigureBar,
+			X: results.Axis{Column: "params.dirty_fraction", Label: "Changed part of the region, as a fraction", Category: true}, Y: y,
+			Keys: []string{"strategy", "params.dirty"},
+			Series: []results.FigureSeries{{Key: "hashsync/hash", Label: "hashsync, hash everything"}, {Key: "hashsync/mtime", Label: "hashsync, mtime"},
+				{Key: "hashsync/pagemap", Label: "hashsync, PAGEMAP_SCAN"}, {Key: "hashsync/uffd-wp", Label: "hashsync, userfaultfd events"}, {Key: "rsync/", Label: "rsync"}},
+			Note: "Left: the part of the region that changed, as a fraction. Scattered pages; chunks and blocks of 64 KiB. rsync: memsync-peers run sync-cost.",
+		}
+	}
+	cpu := func(column string) results.Axis {
+		return results.Axis{Column: column, Label: "CPU time of three rounds", Unit: "ms", Scale: 1e3, Log: true}
+	}
+	bytes := func(column string) results.Axis {
+		return results.Axis{Column: column, Label: "Bytes a round", Unit: "kB", Scale: 1e-3, Log: true}
+	}
+	return Figure{
+		Spec: spec("sync-cost", "CPU time of the source", cpu("cpu_source")),
+		More: []results.FigureSpec{spec("sync-cost-destination", "CPU time of the destination", cpu("cpu_daemon")), spec("sync-cost-writer", "CPU time of the writer", cpu("cpu_writer")),
+			spec("sync-cost-bytes", "bytes to the destination", bytes("round_tx_bytes")), spec("sync-cost-bytes-back", "bytes to the source", bytes("round_rx_bytes"))},
+		Variants: []string{Network},
+		Cells: func(_ string, quick bool) []*Cell {
+			size, fractions := int64(256<<20), []float64{0.001, 0.01, 0.1}
+			if quick {
+				size, fractions = 64<<20, []float64{0.001, 0.1}
+			}
+			var cells []*Cell
+			for _, how := range []string{"hash", "mtime", "pagemap", "uffd-wp", "rsync"} {
+				for _, f := range fractions {
+					shape := []string{fmt.Sprintf("dirty_fraction=%g", f), "pulses=0"}
+					c := syncCell("sync-cost", size, append([]string{"dirty=" + how}, shape...)...)
+					if how == "rsync" {
+						c.Strategy, c.Peer, c.Settings = "rsync", true, append([]string{"block=64KiB"}, shape...)
+					}
+					c.Link.RTT, c.Link.Rate = 20*time.Millisecond, NetworkRate
+					cells = append(cells, c)
+				}
+			}
+			return cells
+		},
+	}
+}
+
 func fanout() Figure {
 	spec := func(name, label string, y results.Axis) results.FigureSpec {
 		return results.FigureSpec{
 			Name: name, Figure: "fanout", Title: "One source, several destinations: " + label, Kind: results.FigureLine,
-			X: results.Axis{Column: "params.destinations", Label: "Destinations"}, Y: y,
+			X: results.Axis{Column: "params.destinations", Label: "Destinations", Category: true}, Y: y,
 			Keys: []string{"strategy", "params.topology"},
 			Series: []results.FigureSeries{{Key: "hashsync/direct", Label: "hashsync, direct"}, {Key: "hashsync/hub", Label: "hashsync, hub"},
 				{Key: "hashsync/chain", Label: "hashsync, chain"}, {Key: "rsync/direct", Label: "rsync, each from the source"}},

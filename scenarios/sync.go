@@ -122,6 +122,9 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup, ended func(erro
 	v["store_time"] = median(t.stores)
 	if d := median(t.detection); d > 0 {
 		v["detection_time"] = d
+		if d := median(t.msync); d > 0 {
+			v["msync_time"] = d
+		}
 		var read role.Bandwidth
 		if _, err := r.source.Ask(ctx, "bandwidth", struct{}{}, &read); err != nil {
 			return err
@@ -160,7 +163,12 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup, ended func(erro
 	if _, err := r.source.Ask(ctx, "stats", struct{}{}, &s); err != nil {
 		return err
 	}
-	delete(s.Extra, "detection_ns")
+	if d := s.Extra["arm_ns"]; d > 0 {
+		v["arm_time"] = seconds(d)
+	}
+	for _, ns := range []string{"detection_ns", "msync_ns", "arm_ns"} {
+		delete(s.Extra, ns)
+	}
 	r.stats(s)
 	if _, err := r.writer.Ask(ctx, "detach", struct{}{}, nil); err != nil {
 		return err
@@ -205,6 +213,7 @@ type syncTimes struct {
 	took, first, last       []float64 // s
 	tx, rx, busiest, others []float64 // B
 	detection, stores       []float64 // s
+	msync                   []float64 // s, of detection
 	event, eventOthers      []float64 // s, of rounds in which something happened
 }
 
@@ -244,7 +253,7 @@ func (f *fan) round(ctx context.Context, work role.SyncWork, n int, t *syncTimes
 	if _, err := f.run.source.Ask(ctx, "stats", struct{}{}, &s); err != nil {
 		return err
 	}
-	t.detection = append(t.detection, seconds(s.Extra["detection_ns"]))
+	t.detection, t.msync = append(t.detection, seconds(s.Extra["detection_ns"])), append(t.msync, seconds(s.Extra["msync_ns"]))
 	if happened {
 		_, others := f.spread(start, f.last())
 		t.event, t.eventOthers = append(t.event, took), append(t.eventOthers, others)

@@ -15,7 +15,8 @@ import (
 )
 
 // Counters is what a role has used since it began: its process (getrusage(2),
-// /proc/self) and the programs that it started and that still run.
+// /proc/self) and the programs that it started, those that have ended among them once
+// they were waited for (rsync, which runs for one round). Memory is of those that run.
 type Counters struct {
 	CPU             float64 `json:"cpu"` // s, user + system
 	RSS             int64   `json:"rss"` // bytes; the peak since forgetPeak, summed over the processes
@@ -34,6 +35,11 @@ func counters(context.Context, none) (Counters, error) {
 		CPU:         float64(r.Utime.Nano()+r.Stime.Nano()) / 1e9,
 		MinorFaults: r.Minflt, MajorFaults: r.Majflt, ContextSwitches: r.Nvcsw + r.Nivcsw, At: monotonic(),
 	}
+	if err := unix.Getrusage(unix.RUSAGE_CHILDREN, &r); err != nil {
+		return Counters{}, err
+	}
+	c.CPU += float64(r.Utime.Nano()+r.Stime.Nano()) / 1e9
+	c.MinorFaults, c.MajorFaults, c.ContextSwitches = c.MinorFaults+r.Minflt, c.MajorFaults+r.Majflt, c.ContextSwitches+r.Nvcsw+r.Nivcsw
 	c.RSS = peak("self")
 	for _, pid := range descendants("self") {
 		c.add(pid)
@@ -94,7 +100,8 @@ func descendants(pid string) (pids []string) {
 	return pids
 }
 
-// add counts another process in. One that has ended counts for nothing.
+// add counts another process in, and those that it has waited for (their CPU time in
+// units of 10 ms). One that has ended counts with the process that waited for it.
 // Source: proc_pid_stat(5), proc_pid_status(5).
 func (c *Counters) add(pid string) {
 	n, err := strconv.Atoi(pid)
@@ -109,8 +116,10 @@ func (c *Counters) add(pid string) {
 	if i := bytes.LastIndexByte(b, ')'); i >= 0 {
 		if f := strings.Fields(string(b[i+1:])); len(f) > 21 { // f[0] is field 3
 			number := func(field int) int64 { v, _ := strconv.ParseInt(f[field-3], 10, 64); return v }
-			c.MinorFaults += number(10)
-			c.MajorFaults += number(12)
+			const ticks = 100 // USER_HZ of all architectures that Go runs on
+			c.CPU += float64(number(16)+number(17)) / ticks
+			c.MinorFaults += number(10) + number(11)
+			c.MajorFaults += number(12) + number(13)
 		}
 	}
 	c.RSS += peak(pid)

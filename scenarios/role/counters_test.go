@@ -51,6 +51,47 @@ func TestCountersOfPrograms(t *testing.T) {
 	}
 }
 
+// TestCountersOfEnded: what a program used counts also once it has ended, and
+// where another that runs on has waited for it.
+func TestCountersOfEnded(t *testing.T) {
+	look := func() float64 {
+		t.Helper()
+		c, err := counters(context.Background(), none{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.CPU
+	}
+	const computes = `sh -c 'i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done'`
+	before := look()
+	if err := exec.Command("sh", "-c", computes+"; exit 0").Run(); err != nil {
+		t.Fatal(err)
+	}
+	if cpu := look() - before; cpu < 0.05 {
+		t.Errorf("a program that has ended: %v s of CPU", cpu)
+	}
+	cmd := exec.Command("sh", "-c", computes+"; echo done; read x; exit 0")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before = look()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { in.Close(); _ = cmd.Wait() }()
+	if _, err := out.Read(make([]byte, 8)); err != nil {
+		t.Fatal(err)
+	}
+	if cpu := look() - before; cpu < 0.05 {
+		t.Errorf("a program that waited for another: %v s of CPU", cpu)
+	}
+}
+
 // TestPeak: memory that came and went counts, until the peak is forgotten.
 func TestPeak(t *testing.T) {
 	const size = 256 << 20

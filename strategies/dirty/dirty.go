@@ -15,6 +15,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -74,6 +75,12 @@ type Detector interface {
 	Collect(ctx context.Context, found func(off, n int64)) error
 	// Close ends the watch; a writer that waits in a fault goes on.
 	Close() error
+}
+
+// Flusher is what a Detector may also be: one that writes the region back before it looks.
+type Flusher interface {
+	// Flushing is how long that took in the last Collect.
+	Flushing() time.Duration
 }
 
 // Methods lists all ways.

@@ -21,6 +21,7 @@ import (
 type mtime struct {
 	r    Region
 	last unix.Timespec // zero: look in any case
+	took time.Duration // of the last msync
 }
 
 // racy is for how long a modification time may stand for two moments: file
@@ -51,6 +52,7 @@ func openMtime(r Region) (Detector, error) {
 func (m *mtime) Add(Writer) error { return nil }
 
 func (m *mtime) Collect(_ context.Context, found func(off, n int64)) error {
+	m.took = 0
 	var st unix.Stat_t
 	if err := unix.Fstat(int(m.r.File.Fd()), &st); err != nil {
 		return os.NewSyscallError("fstat", err)
@@ -62,12 +64,17 @@ func (m *mtime) Collect(_ context.Context, found func(off, n int64)) error {
 	if age := time.Since(time.Unix(st.Mtim.Unix())); age < racy {
 		m.last = unix.Timespec{} // the same time may come again
 	}
+	begin := time.Now()
 	if err := unix.Msync(m.r.Mem, unix.MS_SYNC); err != nil {
 		return fmt.Errorf("msync %d bytes: %w", len(m.r.Mem), err)
 	}
+	m.took = time.Since(begin)
 	found(0, int64(len(m.r.Mem)))
 	return nil
 }
+
+// Flushing implements Flusher.
+func (m *mtime) Flushing() time.Duration { return m.took }
 
 func (m *mtime) Close() error { return nil }
 

@@ -61,6 +61,8 @@ type Stats struct {
 	FilledBytes int64 // of region, sent whole to destinations that lacked them
 	Mismatches  int64
 	Detection   time.Duration // that the last look took
+	Flushing    time.Duration // of that, to write the region back
+	Arming      time.Duration // that the writers' mappings took to be armed, at the source
 }
 
 // session is one destination of a node, on a connection that it may share.

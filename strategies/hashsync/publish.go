@@ -104,7 +104,12 @@ func (p *publication) Attachment() strategies.Attachment { return p.attachment }
 func (p *publication) Track(w strategies.Writer) error {
 	p.source.own.Lock() // not in the middle of a Collect
 	defer p.source.own.Unlock()
-	return p.detector.Add(dirty.Writer{PID: w.PID, Base: w.Base, Length: w.Length, Uffd: w.Uffd})
+	begin := time.Now()
+	err := p.detector.Add(dirty.Writer{PID: w.PID, Base: w.Base, Length: w.Length, Uffd: w.Uffd})
+	p.source.mu.Lock()
+	p.source.stats.Arming += time.Since(begin)
+	p.source.mu.Unlock()
+	return err
 }
 
 // Control implements strategies.Seeder.
@@ -128,7 +133,7 @@ func (p *publication) Sync(ctx context.Context) error {
 func (p *publication) Stats() strategies.Stats {
 	s := p.source.statistics()
 	return strategies.Stats{PushRequests: s.Rounds, PushBytes: s.DeltaBytes, Extra: map[string]int64{
-		"rounds": s.Rounds, "candidate_bytes": s.Candidates, "changed_bytes": s.Changed, "delta_bytes": s.DeltaBytes, "sent_bytes": s.SentBytes, "filled_bytes": s.FilledBytes, "digest_mismatches": s.Mismatches, "detection_ns": int64(s.Detection)}}
+		"rounds": s.Rounds, "candidate_bytes": s.Candidates, "changed_bytes": s.Changed, "delta_bytes": s.DeltaBytes, "sent_bytes": s.SentBytes, "filled_bytes": s.FilledBytes, "digest_mismatches": s.Mismatches, "detection_ns": int64(s.Detection), "msync_ns": int64(s.Flushing), "arm_ns": int64(s.Arming)}}
 }
 
 // Bandwidth reads the whole region with the workers that hash and returns bytes a second.

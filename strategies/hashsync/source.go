@@ -353,6 +353,9 @@ func (s *Source) changed(ctx context.Context) (*chunk.Set, error) {
 	n.mu.Lock()
 	n.stats.Candidates += named
 	n.stats.Detection = time.Since(begin)
+	if f, ok := s.o.Detector.(dirty.Flusher); ok {
+		n.stats.Flushing = f.Flushing()
+	}
 	n.mu.Unlock()
 	return set, nil
 }
