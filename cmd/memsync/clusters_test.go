@@ -169,9 +169,9 @@ func (s *slurm) until(what string, done func() bool) {
 	s.t.Helper()
 	begin := time.Now()
 	defer func() { s.t.Logf("%.1f s until %s", time.Since(begin).Seconds(), what) }()
-	for end := begin.Add(2 * time.Minute); !done(); time.Sleep(50 * time.Millisecond) {
+	for end := begin.Add(5 * time.Minute); !done(); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(end) {
-			s.t.Fatalf("not within two minutes: %s", what)
+			s.t.Fatalf("not within five minutes: %s", what)
 		}
 	}
 }
