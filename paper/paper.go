@@ -13,6 +13,7 @@ import (
 	"embed"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -97,7 +98,7 @@ func newData(in Input) *data {
 var request = regexp.MustCompile(`\\(val|thesisval|verdict|measured|why|fact|plot|fig|values|generated)((?:\{[^{}]*\})+)`)
 
 // argument is how many arguments each takes that count here.
-var arguments = map[string]int{"val": 4, "thesisval": 3, "verdict": 2, "measured": 2, "why": 1, "fact": 1, "plot": 2, "fig": 2, "values": 2, "generated": 1}
+var arguments = map[string]int{"val": 4, "thesisval": 3, "verdict": 2, "measured": 2, "why": 2, "fact": 1, "plot": 2, "fig": 2, "values": 2, "generated": 1}
 
 // define returns data.tex: a definition for each request of tex.
 func (d *data) define(tex string) (string, error) {
@@ -159,6 +160,9 @@ func (d *data) answer(macro string, a []string) (string, error) {
 	case "why":
 		if !slices.ContainsFunc(d.in.Claims, func(o claims.Outcome) bool { return o.ID == a[0] }) {
 			return "", fmt.Errorf("no claim %q", a[0])
+		}
+		if a[1] != "any" && !slices.Contains(d.in.Variants, a[1]) {
+			return "", fmt.Errorf("no variant %q; valid: any, %s", a[1], strings.Join(d.in.Variants, ", "))
 		}
 		return "", nil
 	case "fact":
@@ -305,12 +309,22 @@ func measured(c claims.Check) string {
 	if unit == "ratio" {
 		unit = ""
 	}
-	number := func(n results.Number) string { return strconv.FormatFloat(n.Float(), 'g', 3, 64) }
+	number := func(n results.Number) string { return short(n.Float()) }
 	out := number(c.Ours)
 	if _, ok := c.Low.Get(); ok {
 		out += " (" + number(c.Low) + " to " + number(c.High) + ")"
 	}
 	return Escape(strings.TrimSpace(out+" "+unit)) + fmt.Sprintf(", $n=%d$", c.N)
+}
+
+// short writes three significant digits, without an exponent where a reader does better.
+func short(v float64) string {
+	s := strconv.FormatFloat(v, 'g', 3, 64)
+	if a := math.Abs(v); a >= 1e-4 && a < 1e7 {
+		v, _ = strconv.ParseFloat(s, 64) // of a number that was just written
+		s = strconv.FormatFloat(v, 'f', -1, 64)
+	}
+	return s
 }
 
 func pictureFile(figure, variant string) string { return figure + "." + variant + ".pdf" }
@@ -374,7 +388,7 @@ func (d *data) values(figure, variant string) (string, error) {
 			}
 			b.WriteString(cellText(s.Points[i], metric.Unit))
 		}
-		b.WriteString(`\\ `)
+		b.WriteString(`\\\addlinespace `)
 	}
 	b.WriteString(`\bottomrule\end{tabular}`)
 	return b.String(), nil

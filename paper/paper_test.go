@@ -32,12 +32,13 @@ func input() Input {
 			continue
 		}
 		in.Figures[i].Note = nasty
+		scale := map[string]float64{"latency-first-chunk-rttvar-1": 1e-3, "throughput-rttvar-1": 1e6}[f.Name]
 		for _, variant := range in.Variants {
 			for s, strategy := range []string{"userfaultfd", "direct-mount", "managed-mount"} {
 				for _, rtt := range []float64{0, 20, 40} {
 					for run := range map[string]int{"thesis": 2, "network": 6}[variant] {
 						row := results.Row{RunID: fmt.Sprint(f.Name, variant, strategy, rtt, run), Figure: f.Name, Variant: variant, Strategy: strategy, Kernel: nasty, RTTms: rtt,
-							RTTMeasuredms: results.Num(rtt + 0.1), Order: run, Metric: f.Y.Column, Value: results.Num((1 + rtt + 0.1*float64(run)) * float64(s+1) / 1000), Status: results.StatusOK}
+							RTTMeasuredms: results.Num(rtt + 0.1), Order: run, Metric: f.Y.Column, Value: results.Num((1 + rtt + 0.1*float64(run)) * float64(s+1) * scale), Status: results.StatusOK}
 						in.Rows = append(in.Rows, row)
 						row.Metric, row.Value = results.RunMetric, results.Number{}
 						in.Rows = append(in.Rows, row)
@@ -137,7 +138,7 @@ func TestSlips(t *testing.T) {
 	in.Rows = nil
 	for _, tex := range []string{`\val{no-figure}{network}{userfaultfd}{20}`, `\val{throughput-rttvar-1}{nowhere}{userfaultfd}{20}`, `\val{throughput-rttvar-1}{network}{userfault}{20}`,
 		`\val{throughput-rttvar-1}{network}{userfaultfd}`, `\thesisval{throughput-rttvar-1}{managed-mount}{41}`, `\thesisval{throughput-rttvar-1}{memory}{40}`, `\verdict{C99}{network}`, `\measured{C10}{both}`, `\fact{weather}`,
-		`\fact{thesis/network:perhaps}`, `\plot{no-figure}{thesis}`, `\fig{throughput-rttvar-1}{n}`, `\values{x}{network}`, `\generated{wisdom}`, `\why{C99}{because}`} {
+		`\fact{thesis/network:perhaps}`, `\plot{no-figure}{thesis}`, `\fig{throughput-rttvar-1}{n}`, `\values{x}{network}`, `\generated{wisdom}`, `\why{C99}{any}{because}`, `\why{C10}{never}{because}`} {
 		if text, err := newData(in).define(tex); err == nil {
 			t.Errorf("%s gives %q", tex, text)
 		}
@@ -204,6 +205,12 @@ func must(b []byte, err error) []byte {
 		panic(err)
 	}
 	return b
+}
+
+func TestRanges(t *testing.T) {
+	if got := ranges([]string{"C01", "C02", "C03", "C07", "C08", "M09", "M10", "M11", "B12"}); got != "C01--C03, C07, C08, M09--M11, B12" {
+		t.Error(got)
+	}
 }
 
 // TestSaid: of LaTeX's output the line that matters, and whether a package is missing.

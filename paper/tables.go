@@ -247,18 +247,18 @@ func (d *data) verdicts() string {
 // of are counted and named at the end.
 func (d *data) claimList(v claims.Verdict) string {
 	var b strings.Builder
-	var unmeasured []string
+	unmeasured := map[string][]string{} // by variant
 	for _, o := range d.outcomes("", "", v) {
 		c := o.Deciding()
 		if c == nil {
-			unmeasured = append(unmeasured, Escape(o.ID+" ("+o.Variant+")"))
+			unmeasured[o.Variant] = append(unmeasured[o.Variant], o.ID)
 			continue
 		}
 		theirs := ""
 		if t, ok := c.Thesis.Get(); ok {
-			theirs = strconv.FormatFloat(t, 'g', 3, 64)
+			theirs = short(t)
 		}
-		wanted := c.Relation + " " + strconv.FormatFloat(c.Want, 'g', 3, 64)
+		wanted := c.Relation + " " + short(c.Want)
 		if c.Slack > 0 {
 			wanted += fmt.Sprintf(" ± %g %%", 100*c.Slack)
 		}
@@ -270,13 +270,40 @@ func (d *data) claimList(v claims.Verdict) string {
 		b.WriteString(macro + "{" + strings.Join(args, "}{") + "}")
 		b.WriteByte('\n')
 	}
-	if len(unmeasured) > 0 {
-		fmt.Fprintf(&b, `\unmeasured{%d}{%s}`, len(unmeasured), strings.Join(unmeasured, ", "))
+	for _, variant := range d.in.Variants {
+		if ids := unmeasured[variant]; len(ids) > 0 {
+			fmt.Fprintf(&b, `\unmeasured{%d}{%s}{%s}`, len(ids), Escape(variant), ranges(ids))
+		}
 	}
 	if b.Len() == 0 {
 		return `None.`
 	}
 	return b.String()
+}
+
+// ranges writes C01, C02, C03, C07 as C01--C03, C07.
+func ranges(ids []string) string {
+	number := func(id string) int {
+		n, _ := strconv.Atoi(strings.TrimLeft(id, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+		return n
+	}
+	var parts []string
+	for i := 0; i < len(ids); {
+		j := i
+		for j+1 < len(ids) && ids[j+1][0] == ids[i][0] && number(ids[j+1]) == number(ids[j])+1 {
+			j++
+		}
+		switch {
+		case j > i+1:
+			parts = append(parts, Escape(ids[i])+"--"+Escape(ids[j]))
+		default:
+			for _, id := range ids[i : j+1] {
+				parts = append(parts, Escape(id))
+			}
+		}
+		i = j + 1
+	}
+	return strings.Join(parts, ", ")
 }
 
 // gallery shows all figures that the prose does not show itself, both variants one after
