@@ -567,18 +567,73 @@ func (c *Cell) advice() string {
 // direct reports whether the workload goes past the page cache.
 func (c *Cell) direct() bool { return c.params.Has("o_direct") && c.params.Bool("o_direct") }
 
-// Estimate guesses how long one run takes, for progress only.
+// Estimate guesses how long one run of the resolved cell takes, for progress and plans
+// only: what its op moves at the link's rate, the round trips of what is fetched on
+// demand, at most its budget, and what a run costs beside. A cell that cannot run takes no time.
 func (c *Cell) Estimate() time.Duration {
+	if c.Missing != nil {
+		return 0
+	}
 	n := c.Size
 	if c.Limit >= 0 {
 		n = min(n, c.Limit)
 	}
-	rate := 1e9 // bit/s, a guess for an unlimited link
+	rate := 3e9 // bit/s, a guess for an unlimited link
 	if c.Link.Rate > 0 {
 		rate = float64(c.Link.Rate)
 	}
-	d := time.Duration(float64(n*8) / rate * 1e9)
-	return min(d, c.Budget) + 4*c.Link.RTT + 600*time.Millisecond
+	seconds := func(s float64) time.Duration { return time.Duration(s * 1e9) }
+	moved := func(bytes int64) time.Duration { return seconds(float64(bytes*8) / rate) }
+	d := 200*time.Millisecond + 12*c.Link.RTT // processes, echoes, opening, closing
+	if c.Floors {
+		d += 300*time.Millisecond + moved(n)/2 // a bulk stream before every second run
+	}
+	switch c.Op {
+	case OpSync:
+		rounds, pulses := c.params.IntOr("sync_rounds", 0), c.params.IntOr("pulses", 0)
+		fraction := 0.0
+		if c.params.Has("dirty_fraction") {
+			fraction = c.params.Float("dirty_fraction")
+		}
+		all := c.Size * int64(c.destinations())
+		d += moved(all) + time.Duration(rounds)*(moved(int64(fraction*float64(all)))+seconds(float64(c.Size)/1e9)+2*c.Link.RTT)
+		if pulses > 0 && c.params.Has("interval") {
+			d += min(time.Duration(pulses)*c.params.Duration("interval")*3/7, c.Budget) + c.params.Duration("interval")
+		}
+		return d
+	case OpMigrate:
+		return d + warmUp + moved(c.Size) + c.params.Duration("settle") + 400*time.Millisecond
+	case OpSnapshot:
+		return d + min(c.Budget/4, time.Second) + time.Duration(c.params.Int("images"))*c.params.Duration("interval") + 200*time.Millisecond
+	}
+	if strings.HasPrefix(c.Access, "trace:") {
+		if pages, err := role.TracePages(c.real(c.Access), c.Size); err == nil {
+			n = int64(len(pages)) * region.PageSize()
+		}
+	}
+	work := moved(n)
+	if demand := c.demand(); demand > 0 {
+		work = max(work, time.Duration(n/demand)*c.Link.RTT)
+	}
+	d += min(work+time.Duration(n/region.PageSize())*c.Think, c.Budget)
+	if c.Op != "read" {
+		d += moved(n) // Sync
+	}
+	return d
+}
+
+// demand is about how many bytes a strategy fetches in one round trip, one after another;
+// 0 where it has many under way.
+func (c *Cell) demand() int64 {
+	switch {
+	case isBaseline(c.Strategy) || c.PullWorkers > 1:
+		return 0
+	case c.params.Has("fault_around"):
+		return c.params.Size("fault_around")
+	case c.strategy != nil && c.strategy.Info().Can(strategies.Copies):
+		return 0
+	}
+	return 128 << 10 // the kernel's read-ahead
 }
 
 // kernelName is the release of the running kernel; the lab kernel's begins with "lab".

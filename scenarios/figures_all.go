@@ -96,6 +96,9 @@ func allStrategies() Figure {
 				}
 			}
 			c = add(s, OpMigrate, fill[s]...)
+			if quick && (s == "migration" || s == "hashsync" || s == "direct-mount" || s == "managed-mount" || s == "nbd-direct") {
+				c.Settings = append(c.Settings, quickSettle)
+			}
 			switch s {
 			case "migration":
 				c.Settings = append(c.Settings, "mode=hybrid", "dirty_rate=2MB")

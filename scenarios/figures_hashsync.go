@@ -42,7 +42,7 @@ func hashAlgorithms() Figure {
 			size := int64(256 << 20)
 			names, chunks := algorithms(), []int64{4 << 10, 64 << 10, 1 << 20}
 			if quick {
-				size, chunks = 128<<20, []int64{4 << 10, 64 << 10}
+				size, chunks = 64<<20, []int64{4 << 10, 64 << 10}
 				names = []string{"xxh3-128", "crc32c", "sha256", "blake3", "md5"}
 			}
 			var cells []*Cell
@@ -77,11 +77,14 @@ func hashWorkers() Figure {
 		Cells: func(_ string, quick bool) []*Cell {
 			size, workers := int64(256<<20), []int{1, 2, 4, 8, 16}
 			if quick {
-				size, workers = 128<<20, []int{1, 2, 4}
+				size, workers = 64<<20, []int{1, 2, 4}
 			}
 			var cells []*Cell
 			for _, s := range [][3]string{{"xxh3-128", "mapped", "chunk"}, {"xxh3-128", "one", "chunk"}, {"xxh3-128", "worker", "chunk"}, {"xxh3-128", "chunk", "chunk"},
 				{"xxh3-128", "mapped", "file"}, {"blake3", "mapped", "chunk"}, {"sha256", "mapped", "chunk"}} {
+				if quick && (s[0] == "sha256" || s[1] == "worker") {
+					continue
+				}
 				for _, n := range workers {
 					cells = append(cells, syncCell("hash-workers", size, "hash="+s[0], "handle="+s[1], "digest_of="+s[2], fmt.Sprintf("hash_workers=%d", n),
 						"pulses=0", "sync_rounds=5", "dirty_fraction=0"))
@@ -111,7 +114,7 @@ func dirtyDetection() Figure {
 		Cells: func(_ string, quick bool) []*Cell {
 			size, fractions := int64(1<<30), []float64{0.0001, 0.001, 0.01, 0.1, 1}
 			if quick {
-				size, fractions = 256<<20, []float64{0.001, 0.1, 1}
+				size, fractions = 64<<20, []float64{0.001, 0.1, 1}
 			}
 			var cells []*Cell
 			for _, how := range []string{"hash", "mtime", "pagemap", "uffd-wp"} {
@@ -150,7 +153,7 @@ func pollInterval() Figure {
 					c := syncCell("poll-interval", 64<<20, "dirty="+how, "interval="+i, "sync_rounds=1")
 					c.Link.RTT, c.Link.Rate = 20*time.Millisecond, 100_000_000
 					if quick {
-						c.Size, c.Settings = 16<<20, append(c.Settings, "pulses=20")
+						c.Size, c.Budget, c.Settings = 4<<20, time.Second, append(c.Settings, "pulses=20")
 					}
 					cells = append(cells, c)
 				}
@@ -183,10 +186,16 @@ func pollIntervalDowntime() Figure {
 			var cells []*Cell
 			for _, how := range []string{"hash", "pagemap"} {
 				for _, lead := range []int{0, 1} {
+					if quick && lead == 0 {
+						continue
+					}
 					for _, i := range intervals {
 						c := syncCell("poll-interval-downtime", size)
 						c.Op, c.Settings = OpMigrate, []string{"dirty=" + how, "interval=" + i, fmt.Sprintf("lead_rounds=%d", lead), "dirty_rate=20MB"}
 						c.Link.RTT, c.Link.Rate = 20*time.Millisecond, NetworkRate
+						if quick {
+							c.Settings = append(c.Settings, quickSettle)
+						}
 						cells = append(cells, c)
 					}
 				}
@@ -218,7 +227,7 @@ func deltaVersusRsync() Figure {
 		Cells: func(_ string, quick bool) []*Cell {
 			size, fractions := int64(64<<20), []float64{0.0001, 0.001, 0.01, 0.1, 1}
 			if quick {
-				size, fractions = 16<<20, []float64{0.001, 0.01, 0.1}
+				size, fractions = 8<<20, []float64{0.001, 0.01, 0.1}
 			}
 			var cells []*Cell
 			for _, pattern := range []string{"scattered", "clustered", "insert"} {
@@ -306,7 +315,7 @@ func fanout() Figure {
 		Cells: func(_ string, quick bool) []*Cell {
 			size, counts := int64(16<<20), []int{1, 2, 4, 8, 16}
 			if quick {
-				size, counts = 2<<20, []int{1, 2, 4, 8}
+				size, counts = 2<<20, []int{1, 2, 8}
 			}
 			var cells []*Cell
 			for _, n := range counts {

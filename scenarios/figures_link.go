@@ -95,7 +95,7 @@ func chunkSize() Figure {
 				c := cellOf(name, variant, strategy, 20*time.Millisecond)
 				c.Chunk, c.Size = n, 64<<20
 				if quick {
-					c.Budget = time.Second
+					c.Budget = 600 * time.Millisecond
 				}
 				cells = append(cells, c)
 			}
@@ -137,7 +137,7 @@ func faultsByRate() Figure {
 				c := cellOf(name, variant, "userfaultfd", 20*time.Millisecond)
 				c.Link.Rate, c.Size, c.Settings = rate*1_000_000, 64<<20, k.settings
 				if quick {
-					c.Budget = 600 * time.Millisecond
+					c.Budget = 400 * time.Millisecond
 				}
 				cells = append(cells, c)
 			}

@@ -57,19 +57,22 @@ func migrationPictures(figure, title string, x results.Axis, note string) (resul
 // modesAndReopen are the ways that are compared.
 var modesAndReopen = [...]string{"hybrid", "pre-copy", "post-copy", "stop-and-copy", "hashsync", "managed-mount"}
 
+// quickModes are those of the quick forms.
+var quickModes = [...]string{"hybrid", "pre-copy", "post-copy", "managed-mount"}
+
 func migrationDowntime() Figure {
 	f := Figure{Variants: []string{Network}}
 	f.Spec, f.More = migrationPictures("migration-downtime", "Migration by RTT", rttAxis(),
 		"1 Gbit/s; the application writes 20 MB/s in random order. hashsync: PAGEMAP_SCAN. Managed mount: the application stops, the destination mounts, it goes on there. Downtime: last write here to first write there.")
 	f.Cells = func(_ string, quick bool) []*Cell {
-		size := int64(256 << 20)
+		size, settings, modes := int64(256<<20), []string{"dirty_rate=20MB"}, modesAndReopen[:]
 		if quick {
-			size = 64 << 20
+			size, settings, modes = 32<<20, append(settings, quickSettle), quickModes[:]
 		}
 		var cells []*Cell
 		for _, rtt := range points(quick, []int{1, 5, 20, 40, 100}) {
-			for _, mode := range modesAndReopen {
-				c := migrateCell("migration-downtime", mode, size, "dirty_rate=20MB")
+			for _, mode := range modes {
+				c := migrateCell("migration-downtime", mode, size, settings...)
 				c.Link.RTT = time.Duration(rtt) * time.Millisecond
 				cells = append(cells, c)
 			}
@@ -86,14 +89,14 @@ func migrationDirtyRate() Figure {
 		results.Axis{Column: "params.dirty_rate", Label: "Distinct bytes written a second, of a link of 125 MB/s", Category: true, Categories: []string{"0", "5000000", "20000000", "40000000", "60000000", "100000000"}},
 		"20 ms, 1 Gbit/s, random order.")
 	f.Cells = func(_ string, quick bool) []*Cell {
-		size, rates := int64(256<<20), rates
+		size, rates, settings, modes := int64(256<<20), rates, []string(nil), modesAndReopen[:]
 		if quick {
-			size, rates = 64<<20, []string{"0", "20MB", "60MB"}
+			size, rates, settings, modes = 32<<20, []string{"0", "20MB", "60MB"}, []string{quickSettle}, []string{"hybrid", "pre-copy"}
 		}
 		var cells []*Cell
 		for _, rate := range rates {
-			for _, mode := range modesAndReopen {
-				cells = append(cells, migrateCell("migration-dirty-rate", mode, size, "dirty_rate="+rate))
+			for _, mode := range modes {
+				cells = append(cells, migrateCell("migration-dirty-rate", mode, size, append(settings, "dirty_rate="+rate)...))
 			}
 		}
 		return cells
@@ -106,14 +109,14 @@ func migrationSize() Figure {
 	f.Spec, f.More = migrationPictures("migration-size", "Migration by size",
 		results.Axis{Column: "region_bytes", Label: "Region", Category: true}, "20 ms, 1 Gbit/s; 20 MB/s in random order.")
 	f.Cells = func(_ string, quick bool) []*Cell {
-		sizes := []int64{64 << 20, 256 << 20, 1 << 30}
+		sizes, settings, modes := []int64{64 << 20, 256 << 20, 1 << 30}, []string{"dirty_rate=20MB"}, modesAndReopen[:]
 		if quick {
-			sizes = []int64{16 << 20, 64 << 20, 256 << 20}
+			sizes, settings, modes = []int64{8 << 20, 32 << 20, 128 << 20}, append(settings, quickSettle), []string{"hybrid", "managed-mount"}
 		}
 		var cells []*Cell
 		for _, size := range sizes {
-			for _, mode := range modesAndReopen {
-				cells = append(cells, migrateCell("migration-size", mode, size, "dirty_rate=20MB"))
+			for _, mode := range modes {
+				cells = append(cells, migrateCell("migration-size", mode, size, settings...))
 			}
 		}
 		return cells
@@ -149,23 +152,27 @@ func migrationFinalize() Figure {
 		adaptive("migration-finalize-adaptive-bytes", "bytes sent", results.Axis{Column: "wire_tx_bytes", Label: "Bytes on the wire", Unit: "MB", Scale: 1e-6}),
 	}
 	f.Cells = func(_ string, quick bool) []*Cell {
-		size, shares, limits := int64(256<<20), shares, adaptiveLimits[:]
+		size, shares, limits, writers, settings := int64(256<<20), shares, adaptiveLimits[:], writers, []string(nil)
 		if quick {
-			size, shares, limits = 64<<20, []float64{0.5, 1}, []string{"60ms", "300ms"}
+			size, shares, limits, writers, settings = 32<<20, []float64{0.5, 1}, []string{"300ms"}, writers[:2], []string{quickSettle}
 		}
 		var cells []*Cell
 		for _, w := range writers {
 			for _, share := range shares {
-				cells = append(cells, migrateCell("migration-finalize", "hybrid", size, "writer="+w.Key, fmt.Sprintf("finalize_at=%g", share)))
+				cells = append(cells, migrateCell("migration-finalize", "hybrid", size, append(settings, "writer="+w.Key, fmt.Sprintf("finalize_at=%g", share))...))
 			}
 			for _, limit := range limits {
-				cells = append(cells, migrateCell("migration-finalize", "pre-copy", size, "writer="+w.Key, "finalize=adaptive", "max_downtime="+limit))
+				cells = append(cells, migrateCell("migration-finalize", "pre-copy", size, append(settings, "writer="+w.Key, "finalize=adaptive", "max_downtime="+limit)...))
 			}
 		}
 		return cells
 	}
 	return f
 }
+
+// quickSettle is how long the application goes on at the destination in quick forms: longer
+// than what they have to move.
+const quickSettle = "settle=300ms"
 
 const policyPercentName = "percent"
 

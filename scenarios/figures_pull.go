@@ -127,8 +127,13 @@ func pullOrder() Figure {
 		var cells []*Cell
 		for _, access := range []string{"seq", "reverse", "random"} {
 			for _, order := range []string{"linear", "reverse", "random", "none"} {
+				if quick && order == "random" {
+					continue
+				}
 				c := orderCell(name, order, 20*time.Millisecond, 100e6)
-				c.Size, c.Access = 16<<20, access
+				if c.Size, c.Access = 16<<20, access; quick {
+					c.Size = 4 << 20
+				}
 				c.Settings = append(c.Settings, "advice=random")
 				cells = append(cells, c)
 			}
@@ -152,10 +157,14 @@ func pullOrderByFormat() Figure {
 		},
 		Variants: []string{Network},
 	}
-	f.Cells = func(string, bool) []*Cell {
+	f.Cells = func(_ string, quick bool) []*Cell {
+		orders := []string{"none", "linear", "random", "format"}
+		if quick {
+			orders = []string{"none", "format"}
+		}
 		var cells []*Cell
 		for _, in := range inputs.All() {
-			for _, order := range []string{"none", "linear", "random", "format"} {
+			for _, order := range orders {
 				c := orderCell(name, order, 20*time.Millisecond, 100e6)
 				c.Input = inputs.Prefix + in.Name
 				c.Access = "trace:" + c.Input + ".trace"
@@ -184,12 +193,12 @@ func learntOrder() Figure {
 	}
 	f.Cells = func(_ string, quick bool) []*Cell {
 		var cells []*Cell
-		rtts := []int{0, 5, 10, 20, 40, 80}
+		rtts, orders := []int{0, 5, 10, 20, 40, 80}, []string{"none", "linear", "format", trace("trace"), trace("other")}
 		if quick {
-			rtts = []int{0, 20, 40}
+			rtts, orders = []int{0, 20, 40}, []string{"none", "linear", trace("other")}
 		}
 		for _, ms := range rtts {
-			for _, order := range []string{"none", "linear", "format", trace("trace"), trace("other")} {
+			for _, order := range orders {
 				c := orderCell(name, order, time.Duration(ms)*time.Millisecond, 100e6)
 				c.Input = inputs.Prefix + "ext4"
 				c.Access = trace("trace")

@@ -37,12 +37,15 @@ func snapshotFigures() []Figure {
 		var cells []*Cell
 		for _, mode := range []string{"cow", "queue", "triple"} {
 			for _, full := range []bool{false, true} {
-				if full && mode != "cow" {
+				if full && (mode != "cow" || quick) {
 					continue
 				}
 				for _, rate := range points {
 					c := &Cell{Figure: "snapshot-cost", Variant: Network, Strategy: "snapshot", Op: OpSnapshot, Size: size, PullWorkers: -1, PushWorkers: -1,
 						Limit: WholeRegion, Budget: 2 * time.Second, Settings: []string{"mode=" + mode, "dirty_rate=" + rate, fmt.Sprintf("full=%t", full)}}
+					if quick {
+						c.Budget, c.Settings = time.Second, append(c.Settings, "images=3")
+					}
 					cells = append(cells, c)
 				}
 			}

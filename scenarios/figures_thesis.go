@@ -160,7 +160,9 @@ func throughputByWorkers() Figure {
 				counts, rtts = []int{0, 1, 16, 4092}, []int{0, 10, 30}
 			}
 			return workers(name, variant, counts, rtts, func(c *Cell) {
-				c.Size = 64 << 20
+				if c.Size = 64 << 20; quick {
+					c.Size, c.Budget = 32<<20, time.Second
+				}
 				if variant == Thesis {
 					c.Size = 400 << 20
 					if c.PullWorkers <= 16 && c.Link.RTT > 0 {

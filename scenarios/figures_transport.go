@@ -66,8 +66,13 @@ func rpcByRTT() Figure {
 		for _, ms := range rtts {
 			for _, strategy := range []string{"direct-mount", "managed-mount"} {
 				for _, t := range all.TransportNames() {
+					if quick && strategy == "direct-mount" && (t == "quic" || t == "jsonrpc") {
+						continue
+					}
 					c := cellOf(name, variant, strategy, time.Duration(ms)*time.Millisecond)
-					c.Transport, c.Size = t, 40<<20
+					if c.Transport, c.Size = t, 40<<20; quick {
+						c.Budget = 500 * time.Millisecond
+					}
 					cells = append(cells, c)
 				}
 			}
@@ -130,8 +135,13 @@ func poolAndConcurrency() Figure {
 		for _, n := range pools {
 			for _, t := range names {
 				for _, calls := range []int{1, 0} {
+					if quick && calls == 1 && n > 1 { // of one call after another, a connection is enough to know
+						continue
+					}
 					c := cellOf(name, variant, "managed-mount", 20*time.Millisecond)
-					c.Transport, c.Size = t, 64<<20
+					if c.Transport, c.Size = t, 64<<20; quick {
+						c.Size = 16 << 20
+					}
 					c.Settings = append(c.Settings, fmt.Sprintf("connections=%d", n), fmt.Sprintf("calls=%d", calls))
 					if t == "drpc" && calls == 0 {
 						c.Settings = append(c.Settings, "rpc=stream")
@@ -166,9 +176,15 @@ func quicAgainstTCP() Figure {
 		var cells []*Cell
 		for _, loss := range losses {
 			for _, t := range all.TransportNames() {
+				if quick && (t == "drpc" || t == "jsonrpc") { // TCP has two others
+					continue
+				}
 				c := cellOf(name, variant, "managed-mount", 100*time.Millisecond)
 				c.Link.Rate, c.Link.Loss = 100_000_000, loss
 				c.Transport, c.Size, c.Budget = t, 16<<20, 10*time.Second
+				if quick {
+					c.Size = 4 << 20
+				}
 				cells = append(cells, c)
 			}
 		}

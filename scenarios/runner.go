@@ -209,6 +209,19 @@ func (r *Runner) link(ctx context.Context, c *Cell) (*link, error) {
 	return l, l.err
 }
 
+// EstimateLinks says how many links the items need, and guesses how long it takes to open
+// and calibrate them.
+func EstimateLinks(items []Item) (n int, took time.Duration) {
+	seen := map[linkKey]bool{}
+	for _, it := range items {
+		if c := it.Cell; c.Missing == nil && c.Transport != "local" && !seen[c.linkKey()] {
+			seen[c.linkKey()] = true
+			took += 2*time.Second + 20*c.Link.RTT
+		}
+	}
+	return len(seen), took
+}
+
 func again(before int) string {
 	if before == 0 {
 		return ""

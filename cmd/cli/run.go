@@ -21,7 +21,7 @@ import (
 )
 
 type runOptions struct {
-	all, quick           bool
+	all, quick, explain  bool
 	variant, out, shard  string
 	runs                 int
 	seed                 uint64
@@ -44,7 +44,8 @@ A figure or series that this machine cannot make is recorded as unsupported, wit
 the reason.`,
 		Example: `  memsync run throughput-rttvar-1 --quick
   memsync run latency-first-chunk-rttvar-1 throughput-rttvar-1 --variant thesis
-  memsync run --all --shard 2/8 --out results/out/part2`,
+  memsync run --all --shard 2/8 --out results/out/part2
+  memsync run --all --quick --explain`,
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			return s.program.pictureNames(), cobra.ShellCompDirectiveNoFileComp
 		},
@@ -57,6 +58,7 @@ the reason.`,
 	f := c.Flags()
 	f.BoolVar(&o.all, "all", false, "all figures")
 	f.BoolVar(&o.quick, "quick", false, "three points of x a figure; smaller regions and budgets where the full form would take long")
+	f.BoolVar(&o.explain, "explain", false, "say what would be run and about how long it would take, figure by figure, and stop")
 	f.StringVar(&o.variant, "variant", scenarios.Network, "thesis (its sizes, a sleep for a network), network (a real shaped link) or both")
 	f.StringVar(&o.out, "out", "", "result `folder` (default: results/out/NAME)")
 	f.StringVar(&o.shard, "shard", "", "`i/n`: only the i-th of n parts of the sweep")
@@ -140,6 +142,9 @@ func runRun(s *state, o *runOptions) error {
 	if err != nil {
 		return exitWith(exitUsage, err)
 	}
+	if o.explain {
+		return explainRun(s, o, figures, variants)
+	}
 	scratch, err := sandbox(s)
 	if err != nil || scratch == "" {
 		return err
@@ -156,28 +161,9 @@ func runRun(s *state, o *runOptions) error {
 	r := &scenarios.Runner{Scratch: scratch, Seed: seed}
 	defer r.Close()
 	status := &statuses{}
-	var cells []*scenarios.Cell
-	var missing []error
-	for _, f := range figures {
-		for _, v := range variants {
-			if !f.Has(v) {
-				continue
-			}
-			for _, c := range f.Cells(v, o.quick) {
-				if o.budgetSet {
-					c.Budget = o.budget
-				}
-				c.Strategies = s.program.Strategies
-				if err := c.Resolve(); err != nil {
-					if errors.Is(err, scenarios.ErrUsage) {
-						return exitWith(exitFailed, fmt.Errorf("figure %s, %s: %w", f.Spec.Name, c.Strategy, err))
-					}
-					missing = append(missing, fmt.Errorf("%s, %s, RTT %v: %w", f.Spec.Name, c.Strategy, c.Link.RTT, err))
-					c.Missing = err
-				}
-				cells = append(cells, c)
-			}
-		}
+	cells, missing, err := planCells(s, o, figures, variants)
+	if err != nil {
+		return err
 	}
 	for i, err := range missing {
 		if i == 3 {
@@ -239,6 +225,79 @@ func runRun(s *state, o *runOptions) error {
 		}
 	}
 	return status.err(s, true)
+}
+
+// planCells makes the cells of figures, resolved, and says what cannot run here.
+func planCells(s *state, o *runOptions, figures []scenarios.Figure, variants []string) (cells []*scenarios.Cell, missing []error, err error) {
+	for _, f := range figures {
+		for _, v := range variants {
+			if !f.Has(v) {
+				continue
+			}
+			for _, c := range f.Cells(v, o.quick) {
+				if o.budgetSet {
+					c.Budget = o.budget
+				}
+				c.Strategies = s.program.Strategies
+				if err := c.Resolve(); err != nil {
+					if errors.Is(err, scenarios.ErrUsage) {
+						return nil, nil, exitWith(exitFailed, fmt.Errorf("figure %s, %s: %w", f.Spec.Name, c.Strategy, err))
+					}
+					missing = append(missing, fmt.Errorf("%s, %s, RTT %v: %w", f.Spec.Name, c.Strategy, c.Link.RTT, err))
+					c.Missing = err
+				}
+				cells = append(cells, c)
+			}
+		}
+	}
+	return cells, missing, nil
+}
+
+// explainRun prints a line for each figure: its cells, those that cannot run here, runs, and
+// about how long they take; the last line is the sum, with the calibration of the links.
+func explainRun(s *state, o *runOptions, figures []scenarios.Figure, variants []string) error {
+	cells, _, err := planCells(s, o, figures, variants)
+	if err != nil {
+		return err
+	}
+	type line struct {
+		cells, missing, runs int
+		took                 time.Duration
+	}
+	var order [][2]string
+	lines := map[[2]string]*line{}
+	var sum line
+	for _, c := range cells {
+		at := [2]string{c.Figure, c.Variant}
+		if lines[at] == nil {
+			lines[at], order = &line{}, append(order, at)
+		}
+		for _, l := range []*line{lines[at], &sum} {
+			l.cells++
+			if c.Missing != nil {
+				l.missing++
+			}
+		}
+	}
+	items := scenarios.Shard(scenarios.Plan(cells, o.runs, o.seed), o.shardIndex, o.shardCnt)
+	for _, it := range items {
+		for _, l := range []*line{lines[[2]string{it.Cell.Figure, it.Cell.Variant}], &sum} {
+			l.runs++
+			l.took += it.Cell.Estimate()
+		}
+	}
+	links, took := scenarios.EstimateLinks(items)
+	out := [][]string{{"FIGURE", "VARIANT", "CELLS", "NOT HERE", "RUNS", "ABOUT"}}
+	add := func(name, variant string, l line) {
+		out = append(out, []string{name, variant, strconv.Itoa(l.cells), strconv.Itoa(l.missing), strconv.Itoa(l.runs), l.took.Round(time.Second).String()})
+	}
+	for _, at := range order {
+		add(at[0], at[1], *lines[at])
+	}
+	out = append(out, []string{"links", "", "", "", strconv.Itoa(links), took.Round(time.Second).String()})
+	sum.took += took
+	add("all", "", sum)
+	return writeColumns(s, out)
 }
 
 // openResults makes the result folder, or goes on in it with its own seed.
