@@ -708,7 +708,7 @@ func (f *figure) png() ([]byte, error) {
 func (f *figure) pdf() ([]byte, error) {
 	f.layout()
 	c := vgpdf.New(width, f.height)
-	f.draw(draw.New(c))
+	f.draw(draw.NewCanvas(outlined{c}, width, f.height))
 	var b bytes.Buffer
 	_, err := c.WriteTo(&b)
 	return b.Bytes(), err

@@ -519,3 +519,22 @@ func TestLabIsMarked(t *testing.T) {
 		}
 	}
 }
+
+// TestPictures: a PDF of each figure, small since it holds no font, with the words beside it.
+func TestPictures(t *testing.T) {
+	for name, make := range cases(t) {
+		spec, rows := make()
+		made, err := Pictures(rows, results.Histograms{}, spec)
+		if err != nil && !errors.Is(err, ErrNoData) || len(made) == 0 {
+			t.Errorf("%s: %d pictures (%v)", name, len(made), err)
+		}
+		for _, p := range made {
+			if !bytes.HasPrefix(p.PDF, []byte("%PDF")) || len(p.PDF) > 120_000 || bytes.Contains(p.PDF, []byte("/FontFile")) {
+				t.Errorf("%s: a PDF of %d bytes", name, len(p.PDF))
+			}
+			if p.Title != spec.Title || p.Subtitle == "" || p.Caption == "" || strings.Contains(p.Caption, noBreak) {
+				t.Errorf("%s: words are missing: %q, %q, %q", name, p.Title, p.Subtitle, p.Caption)
+			}
+		}
+	}
+}
