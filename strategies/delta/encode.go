@@ -66,7 +66,8 @@ type Encoder struct {
 
 // NewEncoder returns an encoder of the mode.
 func NewEncoder(mode Mode) (*Encoder, error) {
-	z, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true))
+	z, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true),
+		zstd.WithWindowSize(MaxPiece), zstd.WithLowerEncoderMem(true)) // else 8 MiB of history, for pieces of 1
 	if err != nil {
 		return nil, fmt.Errorf("zstd: %w", err)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"memsync/strategies/delta"
 	"memsync/strategies/hash"
+	"memsync/strategies/migration/handover"
 	"memsync/strategies/region"
 )
 
@@ -21,6 +22,9 @@ func FuzzFrame(f *testing.F) {
 	f.Add(frame{kind: frameOpened, body: opened{1 << 20, 4096, "blake3"}.encode()}.encode(nil))
 	f.Add(frame{kind: frameDelta, round: 7, body: piece{off: 4096, n: 100, body: []byte{0, 7}}.encode()}.encode(nil))
 	f.Add(errorFrame(3, errResized).encode(nil))
+	f.Add(frame{kind: frameTake, body: encodeTake(nil, handover.Request{Verb: handover.Track, From: 1})}.encode(nil))
+	answer := taken{Reply: handover.Reply{Request: handover.Request{Verb: handover.Commit, From: 1, Epoch: 2}, Result: handover.OK, Epoch: 2}, Text: "why"}
+	f.Add(frame{kind: frameTaken, round: 7, body: answer.encode()}.encode(nil))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r := bytes.NewReader(b)
 		var buf []byte
@@ -49,6 +53,14 @@ func FuzzFrame(f *testing.F) {
 				}
 			case frameError:
 				_ = fr.remoteError().Error()
+			case frameTake:
+				if q, err := parseTake(fr.body); err == nil && !bytes.Equal(encodeTake(nil, q), fr.body) {
+					t.Errorf("request %+v of %x", q, fr.body)
+				}
+			case frameTaken:
+				if a, err := parseTaken(fr.body); err == nil && !bytes.Equal(a.encode(), fr.body) {
+					t.Errorf("answer %+v of %x", a, fr.body)
+				}
 			}
 		}
 	})
@@ -123,6 +135,9 @@ func FuzzReplica(f *testing.F) {
 	}
 	f.Add(all)
 	f.Add(frame{kind: frameStable, round: 9}.encode(nil))
+	// An answer to what nobody asked changes nothing, nor who owns the region.
+	answer := taken{Reply: handover.Reply{Request: handover.Request{Verb: handover.Commit, From: 1, Epoch: 1}, Result: handover.OK, Epoch: 1}}
+	f.Add(frame{kind: frameTaken, body: answer.encode()}.encode(nil))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		in := bytes.NewReader(b)
 		for {
@@ -149,6 +164,9 @@ func FuzzReplica(f *testing.F) {
 			if r.versions[i]&1 != 0 {
 				t.Errorf("chunk %d is left as being changed", i)
 			}
+		}
+		if r.owned {
+			t.Fatal("it owns the region, which it never asked for")
 		}
 		r.epoch(0) // back to the first version
 		for _, fr := range first {
@@ -191,7 +209,10 @@ func FuzzServe(f *testing.F) {
 	f.Add(frame{kind: framePrints, flags: flagLast, body: s.table}.encode(bytes.Clone(talk)))
 	talk = frame{kind: framePrints, flags: flagLast | flagEmpty}.encode(talk)
 	f.Add(frame{kind: frameAck, round: 1 << 60, body: []byte{0}}.encode(bytes.Clone(talk)))
-	f.Add(frame{kind: frameOpen, region: 1, body: []byte("another")}.encode(talk))
+	f.Add(frame{kind: frameOpen, region: 1, body: []byte("another")}.encode(bytes.Clone(talk)))
+	for _, v := range []handover.Verb{handover.Track, handover.Finalize, handover.Commit, handover.Done} { // epochs 0 and 1: track has none
+		f.Add(frame{kind: frameTake, body: encodeTake(nil, handover.Request{Verb: v, From: 1, Epoch: uint64(min(v-1, 1))})}.encode(bytes.Clone(talk)))
+	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()

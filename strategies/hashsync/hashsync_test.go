@@ -514,7 +514,8 @@ func TestNoTear(t *testing.T) {
 }
 
 // Apportioned reads: a reader may ask any node of a chain, and is never told less than
-// the round that it names; a node that cannot have that round lets it wait.
+// the round that it names; a node that does not have that round lets it wait, also while it
+// has lost the one above it.
 func TestReads(t *testing.T) {
 	if raceEnabled {
 		t.Skip("the race detector does not know sequence locks")
@@ -526,9 +527,10 @@ func TestReads(t *testing.T) {
 	s := source(t, m, SourceOptions{Chunk: chunk, Interval: time.Millisecond})
 	up := listen(t, s.Serve)
 	var nodes []*follower
+	var links []*listener
 	for range 3 {
 		d := follows(t, up, nil)
-		nodes, up = append(nodes, d), listen(t, d.Serve)
+		nodes, links, up = append(nodes, d), append(links, up), listen(t, d.Serve)
 	}
 	if err := nodes[2].Wait(ctx, 1); err != nil {
 		t.Fatal(err)
@@ -570,6 +572,9 @@ func TestReads(t *testing.T) {
 		})
 	}
 	for i := uint64(1); i <= 200; i++ {
+		if i%40 == 20 {
+			links[i/40%3].cut()
+		}
 		c := i % chunks
 		m.write(binary.NativeEndian.AppendUint64(nil, i), int64(c)*chunk)
 		at, err := s.Sync(ctx)
@@ -586,6 +591,9 @@ func TestReads(t *testing.T) {
 		if reads[k].Load() == 0 {
 			t.Errorf("node %d was never asked", k)
 		}
+	}
+	if err := nodes[2].Wait(ctx, round); err != nil { // the last cut is over
+		t.Fatal(err)
 	}
 	// The tail is stable: it has every round that Stable says any node has.
 	if st := nodes[0].Stable(); nodes[2].node.current.Load() < st {
