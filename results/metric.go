@@ -83,6 +83,8 @@ var metrics = [...]Metric{
 	{"digest_mismatches", "count", Lower, false, "open start", "end of the measured section", "Rounds after which a destination had another digest, and was repaired."},
 	{"wire_tx_bytes", "B", Lower, false, "open start", "teardown", "Sent at the source's interface, L3 bytes as segmented."},
 	{"wire_rx_bytes", "B", Lower, false, "open start", "teardown", "Received at the source's interface, L3 bytes as segmented."},
+	{"wire_tx_dropped", "count", Lower, false, "open start", "teardown", "Packets from the source that the link did not carry: lost by its profile, or more than its queue held."},
+	{"wire_rx_dropped", "count", Lower, false, "open start", "teardown", "The same of packets to the source."},
 	{"cpu_source", "s", Lower, false, "first load after open", "last byte copied out", "User and system time of the source."},
 	{"cpu_daemon", "s", Lower, false, "first load after open", "last byte copied out", "User and system time of the daemon."},
 	{"cpu_workload", "s", Lower, false, "first load after open", "last byte copied out", "User and system time of the workload."},

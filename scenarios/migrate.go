@@ -138,8 +138,7 @@ func (r *run) measureMigrate(ctx context.Context, setup role.Setup) error {
 	if err != nil {
 		return err
 	}
-	v["wire_tx_bytes"] = float64(end.SourceTx.Bytes - begin.SourceTx.Bytes)
-	v["wire_rx_bytes"] = float64(end.DestinationTx.Bytes - begin.DestinationTx.Bytes)
+	wired(v, begin, end)
 	_, err = r.source.Ask(ctx, "close", struct{}{}, nil)
 	return err
 }

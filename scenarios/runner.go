@@ -717,8 +717,7 @@ func (r *run) measure(ctx context.Context, setup role.Setup, work role.Work) err
 		if err != nil {
 			return err
 		}
-		v["wire_tx_bytes"] = float64(end.SourceTx.Bytes - wire.SourceTx.Bytes)
-		v["wire_rx_bytes"] = float64(end.DestinationTx.Bytes - wire.DestinationTx.Bytes)
+		wired(v, wire, end)
 	}
 	if c.Floors {
 		if err := r.floors(ctx, at.Yard); err != nil {
@@ -957,4 +956,15 @@ func stealTime() float64 {
 		return 0
 	}
 	return steal / 100
+}
+
+// wired fills in what went over the link between two readings of its counters.
+func wired(v map[string]float64, begin, end netem.Counters) {
+	for name, of := range map[string]func(netem.Counters) netem.Traffic{
+		"wire_tx": func(c netem.Counters) netem.Traffic { return c.SourceTx },
+		"wire_rx": func(c netem.Counters) netem.Traffic { return c.DestinationTx },
+	} {
+		a, b := of(begin), of(end)
+		v[name+"_bytes"], v[name+"_dropped"] = float64(b.Bytes-a.Bytes), float64(b.Dropped-a.Dropped)
+	}
 }

@@ -180,8 +180,7 @@ func (r *run) measureSync(ctx context.Context, setup role.Setup, ended func(erro
 	if err != nil {
 		return err
 	}
-	v["wire_tx_bytes"] = float64(end.SourceTx.Bytes - begin.SourceTx.Bytes)
-	v["wire_rx_bytes"] = float64(end.DestinationTx.Bytes - begin.DestinationTx.Bytes)
+	wired(v, begin, end)
 	_, err = r.source.Ask(ctx, "close", struct{}{}, nil)
 	return err
 }
