@@ -128,7 +128,13 @@ func newScratch() (dir string, remove func(), err error) {
 	if _, err := CleanScratch(); err != nil {
 		return "", nil, err
 	}
-	dir, err = os.MkdirTemp("", scratchPrefix)
+	return NewOwned(scratchPrefix)
+}
+
+// NewOwned makes a folder in the temporary directory whose name begins with
+// prefix, owned (locked) by this process until it ends or calls remove.
+func NewOwned(prefix string) (dir string, remove func(), err error) {
+	dir, err = os.MkdirTemp("", prefix)
 	if err != nil {
 		return "", nil, fmt.Errorf("make a scratch folder: %w", err)
 	}
@@ -146,8 +152,12 @@ func newScratch() (dir string, remove func(), err error) {
 
 // CleanScratch removes the scratch folders that killed runs of this user left
 // behind and returns their paths. A folder whose owner lives is not touched.
-func CleanScratch() (removed []string, err error) {
-	dirs, err := filepath.Glob(filepath.Join(os.TempDir(), scratchPrefix+"*"))
+func CleanScratch() (removed []string, err error) { return CleanOwned(scratchPrefix, nil) }
+
+// CleanOwned does so for the folders of NewOwned with that prefix. It calls before,
+// unless nil, with each, and leaves it where that gives an error.
+func CleanOwned(prefix string, before func(dir string) error) (removed []string, err error) {
+	dirs, err := filepath.Glob(filepath.Join(os.TempDir(), prefix+"*"))
 	if err != nil {
 		return nil, err
 	}
@@ -172,6 +182,12 @@ func CleanScratch() (removed []string, err error) {
 		default:
 			defer f.Close()
 			if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+				continue
+			}
+		}
+		if before != nil {
+			if err := before(dir); err != nil {
+				errs = append(errs, err)
 				continue
 			}
 		}

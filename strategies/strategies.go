@@ -96,6 +96,10 @@ type Remote interface {
 // address, for programs that connect by themselves.
 type Addressed interface{ Addr() string } // host:port; empty where there is none
 
+// Exported is what a Remote may also be: one that knows what the source calls the
+// region, for strategies that ask for it on connections of their own. Without it the name is "region".
+type Exported interface{ Export() string }
+
 // Listener is what a Strategy may also be: one whose source's side is a program
 // of its own, which serves a file. Its Serve is not called, and it has no
 // transport local.
@@ -130,9 +134,17 @@ type Options struct {
 	PullWorkers int    // background pulls in flight; 0 means none
 	PushWorkers int    // background pushes in flight; 0 means none
 	ReadOnly    bool
-	Migrate     bool         // the region is taken over later (Migrator)
-	Dir         string       // an existing scratch folder of the run; removed by the caller
-	Params      param.Values // validated against Info.Params and the device's
+	Migrate     bool   // the region is taken over later (Migrator)
+	Dir         string // an existing scratch folder of the run; removed by the caller
+	// File is the absolute path of a device's file, in an existing folder, where nothing
+	// may be yet; empty is one in Dir. A block device has its path from the kernel.
+	File string
+	Mode os.FileMode // of a device's file: permission bits; 0 is for its owner only
+	// Reopen: where the connection is lost, the region is opened again, as long as
+	// Remote.Open does not fail, and what was written and not flushed is written once
+	// more. Strategies that always do so do not look at it.
+	Reopen bool
+	Params param.Values // validated against Info.Params and the device's
 }
 
 // AttachKind says how a workload attaches to a mount.

@@ -1,27 +1,31 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/spf13/cobra"
 
 	"memsync/scenarios"
 	"memsync/scenarios/lab"
+	"memsync/scenarios/mount"
 )
 
 func newCleanCmd(s *state) *cobra.Command {
 	return &cobra.Command{
 		Use:   "clean",
 		Short: "Remove what a killed run left behind",
-		Long: `Removes scratch folders, mounts below them and folders of lab kernels, if their
-memsync is gone. Nothing else can be left: network namespaces, their devices,
+		Long: `Removes what memsync mount left at its paths, scratch folders, mounts below them and
+folders of lab kernels, if their memsync is gone. They are found in $TMPDIR. Nothing else can be left: network namespaces, their devices,
 processes and most mounts end with the process that made them, by the kernel's
 doing (docs/architecture.md). What belongs to a running memsync is not touched.`,
 		Example: "  memsync clean",
 		Args:    cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			removed, err := scenarios.CleanScratch()
-			removed = append(removed, lab.Clean()...)
+			removed, err := mount.Clean()
+			scratch, serr := scenarios.CleanScratch()
+			err = errors.Join(err, serr)
+			removed = append(append(removed, scratch...), lab.Clean()...)
 			for _, dir := range removed {
 				fmt.Fprintln(s.stdout, "removed", dir)
 			}

@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"memsync/scenarios/lab"
+	"memsync/scenarios/mount"
 	"memsync/scenarios/role"
 	"memsync/strategies/snapshot"
 )
@@ -15,7 +16,7 @@ import (
 func commands(s *state) []*cobra.Command {
 	return []*cobra.Command{
 		newListCmd(s), newMeasureCmd(s), newRunCmd(s), newPlotCmd(s), newCompareCmd(s), newMergeCmd(s), newClaimsCmd(s), newReportCmd(s), newPaperCmd(s), newRecommendCmd(s), newCleanCmd(s),
-		newDoctorCmd(s), newLabCmd(s), newServeCmd(s), newCertsCmd(s), newSnapshotCmd(s),
+		newDoctorCmd(s), newLabCmd(s), newServeCmd(s), newMountCmd(s), newStatusCmd(s), newCertsCmd(s), newSnapshotCmd(s),
 	}
 }
 
@@ -28,6 +29,13 @@ func (p Program) hidden(args []string) (code int, ok bool) {
 	if len(args) > 1 && args[0] == snapshotExec {
 		fmt.Fprintf(os.Stderr, "%s: %v\n", p.Name, snapshot.Exec(args[1:]))
 		return 126, true // as a shell that cannot run a command
+	}
+	if len(args) > 1 && args[0] == mountSync {
+		if err := mount.SyncFile(args[1]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return exitFailed, true
+		}
+		return exitOK, true
 	}
 	return lab.Main(args)
 }

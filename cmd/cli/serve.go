@@ -114,7 +114,7 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 		}
 		exports = append(exports, transport.Export{Name: name, Store: store})
 	}
-	var lc net.ListenConfig
+	lc := net.ListenConfig{Control: transport.RetrySoon} // connections inherit it
 	lc.SetMultipathTCP(false)
 	l, err := lc.Listen(s.ctx, network, addr)
 	if err != nil {

@@ -69,6 +69,12 @@ func SecureTransport(name string, t transport.TLS) (transport.Transport, error) 
 	return nil, fmt.Errorf("unknown transport %q; valid: %s, local", name, strings.Join(TransportNames(), ", "))
 }
 
+// MountSpecs returns the parameters of a strategy over a transport that mean
+// something where no run is measured: its own, with those of its devices, and the transport's.
+func MountSpecs(s strategies.Strategy, transportName string) []param.Spec {
+	return append(append([]param.Spec{}, s.Info().Params...), transportParams(transportName)...)
+}
+
 // transportParams are the parameters that a transport has.
 func transportParams(name string) []param.Spec {
 	specs := nbd.Params()
@@ -76,7 +82,6 @@ func transportParams(name string) []param.Spec {
 		specs = rpc.Params(name)
 	}
 	return append(specs,
-		param.Spec{Name: "tls", Kind: param.KindBool, Default: "false", Doc: "mutual TLS 1.3 between daemon and source, with certificates that are made for the run"},
 		param.Spec{Name: "pool", Kind: param.KindInt, Default: "0", Max: 16, Doc: "another name of connections, which it comes before"})
 }
 
@@ -113,7 +118,8 @@ func Specs(s strategies.Strategy, deviceName, transportName, backendName string)
 				Doc: "the source has an image of it with the region as its files, which the workload mounts from the device and maps; reads only"})
 	}
 	if transportName != "local" {
-		specs = append(specs, transportParams(transportName)...)
+		specs = append(append(specs, transportParams(transportName)...),
+			param.Spec{Name: "tls", Kind: param.KindBool, Default: "false", Doc: "mutual TLS 1.3 between daemon and source, with certificates that are made for the run"})
 		if transportName != "quic" {
 			specs = append(specs, param.Spec{Name: "congestion", Kind: param.KindString,
 				Doc: "TCP congestion control of both ends (default: the kernel's, which the links of manifest.json name)"},

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"memsync/strategies/region"
 )
@@ -18,8 +19,8 @@ type Reopen struct {
 	open func(ctx context.Context) (region.Store, error)
 	lost func()
 	size int64
-	// epoch of the lease to write, with which it was opened; 0 is without one.
-	epoch uint32
+	// epoch of the lease to write, with which it was opened last; 0 is without one.
+	epoch atomic.Uint32
 
 	lock   chan struct{} // one token, held while opening
 	mu     sync.Mutex
@@ -42,7 +43,8 @@ func OpenAgain(ctx context.Context, open func(ctx context.Context) (region.Store
 	if lost == nil {
 		lost = func() {}
 	}
-	r := &Reopen{open: open, lost: lost, size: cur.Size(), epoch: epochOf(cur), lock: make(chan struct{}, 1), cur: cur}
+	r := &Reopen{open: open, lost: lost, size: cur.Size(), lock: make(chan struct{}, 1), cur: cur}
+	r.epoch.Store(epochOf(cur))
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r, nil
 }
@@ -54,8 +56,9 @@ func epochOf(s region.Store) uint32 {
 	return 0
 }
 
-// Epoch implements region.Epocher; it is the same each time.
-func (r *Reopen) Epoch() uint32 { return r.epoch }
+// Epoch implements region.Epocher. It stays the same as long as the source does; one
+// that is started anew counts from the beginning.
+func (r *Reopen) Epoch() uint32 { return r.epoch.Load() }
 
 // Size implements region.Store.
 func (r *Reopen) Size() int64 { return r.size }
@@ -163,10 +166,14 @@ func (r *Reopen) get(ctx context.Context) (region.Store, error) {
 		err := fmt.Errorf("the remote region has %d bytes and had %d: %w", s.Size(), r.size, region.ErrMismatch)
 		return nil, errors.Join(err, s.Close())
 	}
-	if e := epochOf(s); e != r.epoch {
-		err := fmt.Errorf("another host had the lease to write the region meanwhile, number %d, ours was %d: %w", e-1, r.epoch, region.ErrMismatch)
+	// A lower epoch is of a source that was started anew and counts from 1: whether
+	// its region is the same is for its version to say (package watch).
+	e, ours := epochOf(s), r.epoch.Load()
+	if e > ours || e != ours && e != min(ours, 1) {
+		err := fmt.Errorf("another host had the lease to write the region meanwhile, number %d, ours was %d: %w", e-1, ours, region.ErrMismatch)
 		return nil, errors.Join(err, s.Close())
 	}
+	r.epoch.Store(e)
 	r.lost()
 	r.mu.Lock()
 	closed := r.closed

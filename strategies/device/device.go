@@ -8,6 +8,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"memsync/strategies/device/fuse"
@@ -51,8 +53,10 @@ type Stats struct {
 
 // Options say how to open a device.
 type Options struct {
-	Dir      string // an existing scratch folder
-	Chunk    int64  // bytes; the largest read request, where the parameters set no other; 0 leaves it to the device
+	Dir      string      // an existing scratch folder
+	File     string      // absolute path of the file, where the kind makes one; empty is one in Dir
+	Mode     os.FileMode // permission bits of the file; 0 is for its owner only
+	Chunk    int64       // bytes; the largest read request, where the parameters set no other; 0 leaves it to the device
 	ReadOnly bool
 	Params   param.Values // made with the Params of the kind
 }
@@ -149,7 +153,11 @@ type fuseDevice struct{ *fuse.Device }
 func (d fuseDevice) Stats() Stats { return Stats(d.Device.Stats()) }
 
 func openFuse(ctx context.Context, s region.Store, o Options) (Device, error) {
-	d, err := fuse.Open(ctx, s, fuse.Options{Dir: o.Dir, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: o.Params})
+	fo := fuse.Options{Dir: o.Dir, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Mode: o.Mode, Params: o.Params}
+	if o.File != "" {
+		fo.Dir, fo.Name = filepath.Split(o.File)
+	}
+	d, err := fuse.Open(ctx, s, fo)
 	if err != nil {
 		return nil, err
 	}

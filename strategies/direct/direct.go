@@ -55,7 +55,7 @@ func (Strategy) Serve(ctx context.Context, t transport.Transport, conn net.Conn,
 func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Options) (strategies.Mount, error) {
 	began := time.Now()
 	m := &mount{readOnly: o.ReadOnly, closed: make(chan struct{}), warmed: make(chan struct{})}
-	s, err := m.open(ctx, r, o.Params)
+	s, err := m.open(ctx, r, o.Params, o.Reopen)
 	if err != nil {
 		return nil, err
 	}
@@ -70,7 +70,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if _, ok := s.(region.Viewer); ok {
 		maxRead = 0 // no round trip to keep small
 	}
-	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, Chunk: maxRead, ReadOnly: o.ReadOnly, Params: o.Params})
+	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, File: o.File, Mode: o.Mode, Chunk: maxRead, ReadOnly: o.ReadOnly, Params: o.Params})
 	if _, ok := m.dev.(device.Cacher); err == nil && !ok && o.Params.Text("on_change") == watch.Invalidate {
 		err = errors.Join(fmt.Errorf("on_change=invalidate with device %s, whose page cache is the kernel's to drop: %w", o.Device, region.ErrNotSupported), m.dev.Close(ctx))
 	}
@@ -88,7 +88,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 }
 
 // open opens the remote region and what watches it.
-func (m *mount) open(ctx context.Context, r strategies.Remote, p param.Values) (s region.Store, err error) {
+func (m *mount) open(ctx context.Context, r strategies.Remote, p param.Values, reopen bool) (s region.Store, err error) {
 	invalidate := p.Text("on_change") == watch.Invalidate
 	if invalidate && !m.readOnly {
 		return nil, fmt.Errorf("on_change=invalidate with a mount that writes, whose dirty pages cannot be merged: %w", region.ErrNotSupported)
@@ -100,7 +100,11 @@ func (m *mount) open(ctx context.Context, r strategies.Remote, p param.Values) (
 			return err
 		})
 	}
-	s, err = r.Open(ctx)
+	if reopen {
+		s, err = reopened(ctx, r)
+	} else {
+		s, err = r.Open(ctx)
+	}
 	if werr := opening.Wait(); err == nil && werr != nil {
 		return nil, errors.Join(werr, s.Close())
 	}
@@ -109,7 +113,7 @@ func (m *mount) open(ctx context.Context, r strategies.Remote, p param.Values) (
 	}
 	var follow watch.Options
 	if e, ok := s.(region.Epocher); ok {
-		follow.Epoch = e.Epoch()
+		follow.Epoch = e.Epoch
 	}
 	if invalidate {
 		follow.Invalidate = m.invalidate
@@ -117,6 +121,15 @@ func (m *mount) open(ctx context.Context, r strategies.Remote, p param.Values) (
 	m.watch.Start(follow)
 	m.store = m.watch.Wrap(s)
 	return m.store, nil
+}
+
+// reopened opens the remote region, again whenever its connection is lost.
+func reopened(ctx context.Context, r strategies.Remote) (region.Store, error) {
+	s, err := chunk.OpenResending(ctx, r.Open)
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
 // invalidate drops the kernel's page cache.

@@ -198,7 +198,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 		}
 	}
 	m.syncer = syncer
-	follow := watch.Options{Epoch: m.remote.Epoch()}
+	follow := watch.Options{Epoch: m.remote.Epoch}
 	if p.Text("on_change") == watch.Invalidate {
 		follow.Invalidate = func(ctx context.Context) error {
 			if m.known != nil {
@@ -280,7 +280,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 			m.dev = device.OfMemory(m.memory)
 			return nil
 		}
-		m.dev, err = device.Open(gctx, o.Device, front, device.Options{Dir: o.Dir, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: p})
+		m.dev, err = device.Open(gctx, o.Device, front, device.Options{Dir: o.Dir, File: o.File, Mode: o.Mode, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: p})
 		return err
 	})
 	if err = g.Wait(); err != nil {
@@ -326,13 +326,13 @@ func (m *mount) compare(ctx context.Context, follow *watch.Options, p param.Valu
 		return nil
 	}
 	follow.Noted = func(v region.Version) error {
-		return m.journal.SetOrigin(chunk.Origin{Version: v, Epoch: follow.Epoch})
+		return m.journal.SetOrigin(chunk.Origin{Version: v, Epoch: follow.Epoch()})
 	}
 	if left == nil {
 		return nil
 	}
 	// First what this mount is to be compared by, then what the earlier one was: no change falls between the two.
-	base, err := m.watch.At(ctx, follow.Epoch)
+	base, err := m.watch.At(ctx, follow.Epoch())
 	if err != nil {
 		return err
 	}

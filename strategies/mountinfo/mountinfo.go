@@ -3,6 +3,7 @@ package mountinfo
 
 import (
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -11,6 +12,7 @@ import (
 type Mount struct {
 	Point string // where it is mounted, unescaped
 	Minor int    // of its device number
+	Type  string // of the file system
 }
 
 // Read returns the mounts of the calling thread's mount namespace, in the order
@@ -31,7 +33,11 @@ func Read() ([]Mount, error) {
 		if err != nil {
 			continue
 		}
-		mounts = append(mounts, Mount{unescape(f[4]), n})
+		m := Mount{Point: unescape(f[4]), Minor: n}
+		if i := slices.Index(f, "-"); i > 4 && i+1 < len(f) { // after fields whose number varies
+			m.Type = f[i+1]
+		}
+		mounts = append(mounts, m)
 	}
 	return mounts, nil
 }

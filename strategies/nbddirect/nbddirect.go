@@ -42,7 +42,7 @@ func (Strategy) Info() strategies.Info {
 	}
 }
 
-// exportName is what every source calls the region.
+// exportName is what sources call the region (strategies.Exported).
 const exportName = "region"
 
 // wholeSectors marks the name of an export that the daemon wants rounded up to
@@ -80,17 +80,21 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if err := nbdk.Probe(); err != nil {
 		return nil, err
 	}
-	conns, e, err := connect(ctx, r, n, exportName)
+	own := exportName
+	if x, ok := r.(strategies.Exported); ok {
+		own = x.Export()
+	}
+	conns, e, err := connect(ctx, r, n, own)
 	if errors.Is(err, region.ErrNotSupported) {
 		return mountLocal(ctx, r, o, err)
 	}
 	if err != nil {
 		return nil, err
 	}
-	size, name := e.Size, exportName
+	size, name := e.Size, own
 	if size%512 != 0 {
 		closeAll(conns)
-		name = wholeSectors + exportName
+		name = wholeSectors + own
 		if conns, e, err = connect(ctx, r, n, name); err != nil {
 			return nil, err
 		}

@@ -26,14 +26,16 @@ import (
 const (
 	Fail       = "fail"       // requests to the source give region.ErrMismatch from then on
 	Invalidate = "invalidate" // what is cached is dropped and read anew
+	Restart    = "restart"    // as Fail, but a source that was started anew is taken for the same
 	Ignore     = "ignore"     // nothing is asked
 )
 
 // Params are the parameters of a Watch. invalidate says whether the strategy can.
 func Params(invalidate bool) []param.Spec {
-	actions, doc := []string{Fail, Ignore}, "what to do when somebody else changed the source: fail reads and Sync from then on; ignore: do not look"
+	const restart = "restart: fail, but believe that a source which was started anew, and not written to since, is the same"
+	actions, doc := []string{Fail, Restart, Ignore}, "what to do when somebody else changed the source: fail reads and Sync from then on; "+restart+"; ignore: do not look"
 	if invalidate {
-		actions, doc = []string{Fail, Invalidate, Ignore}, "what to do when somebody else changed the source: fail reads and Sync from then on; invalidate: drop what is cached and read it anew; ignore: do not look"
+		actions, doc = []string{Fail, Restart, Invalidate, Ignore}, "what to do when somebody else changed the source: fail reads and Sync from then on; "+restart+"; invalidate: drop what is cached and read it anew; ignore: do not look"
 	}
 	return []param.Spec{
 		{Name: "on_change", Kind: param.KindEnum, Default: Fail, Values: actions, Doc: doc},
@@ -55,6 +57,7 @@ const firstPause = 50 * time.Millisecond
 type Watch struct {
 	source     *chunk.Reopen
 	interval   time.Duration
+	restart    bool // a source that was started anew is the same
 	invalidate func(ctx context.Context) error // nil: fail
 	noted      func(region.Version) error      // nil, or told of each version that stood for the same content
 
@@ -65,7 +68,7 @@ type Watch struct {
 	done   sync.WaitGroup
 
 	mu      sync.Mutex
-	epoch   uint32
+	epoch   func() uint32
 	base    region.Version
 	at      time.Time // reads that began before may have met a change before the first version
 	checks  int64
@@ -91,13 +94,13 @@ func Open(ctx context.Context, open func(ctx context.Context, suffix string, wri
 	if s.Size() != transport.VersionSize { // a server that has one export under whatever name
 		return nil, s.Close()
 	}
-	return &Watch{source: s, interval: p.Duration("check_interval"), asking: make(chan struct{}, 1),
+	return &Watch{source: s, interval: p.Duration("check_interval"), restart: p.Text("on_change") == Restart, asking: make(chan struct{}, 1),
 		known: make(chan struct{}), kick: make(chan struct{}, 1)}, nil
 }
 
 // Options say how to follow.
 type Options struct {
-	Epoch uint32 // of the lease with which the region was opened; 0 without one
+	Epoch func() uint32 // of the lease with which the region was opened; 0, or nil, without one
 	// Invalidate drops what is cached; nil means to fail instead. It must not go
 	// on to use what was asked of the source before it was called.
 	Invalidate func(ctx context.Context) error
@@ -114,6 +117,9 @@ func (w *Watch) Start(o Options) {
 		return
 	}
 	w.epoch, w.invalidate, w.noted = o.Epoch, o.Invalidate, o.Noted
+	if w.epoch == nil {
+		w.epoch = func() uint32 { return 0 }
+	}
 	if o.Base != nil {
 		w.base = *o.Base
 		w.settle()
@@ -239,7 +245,7 @@ func (w *Watch) ask(ctx context.Context) error {
 		return fmt.Errorf("version of the source: %w", ctx.Err())
 	}
 	defer func() { <-w.asking }()
-	now, err := transport.ReadVersion(ctx, w.source, w.epoch)
+	now, err := w.read(ctx)
 	if err != nil {
 		return errors.Join(w.Err(), err)
 	}
@@ -247,7 +253,10 @@ func (w *Watch) ask(ctx context.Context) error {
 	w.checks++
 	first := !w.settled.Load()
 	before := w.base
-	same := first || before.Same(now)
+	// In this life of the source nobody else has written yet. Of what happened to
+	// the region between the two lives nothing is known.
+	anew := w.restart && before.Instance != now.Instance && now.Changes == 0
+	same := first || before.Same(now) || anew
 	if same {
 		if w.noted != nil && (first || now.State != before.State) {
 			if err := w.noted(now); err != nil {
@@ -281,6 +290,17 @@ func (w *Watch) ask(ctx context.Context) error {
 	w.changes++
 	w.fail(err)
 	return err
+}
+
+// read asks for the version as the writer sees it who has the lease now.
+func (w *Watch) read(ctx context.Context) (v region.Version, err error) {
+	for {
+		epoch := w.epoch()
+		v, err = transport.ReadVersion(ctx, w.source, epoch)
+		if err != nil || epoch == w.epoch() {
+			return v, err
+		}
+	}
 }
 
 func what(before, now region.Version) string {

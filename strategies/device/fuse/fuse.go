@@ -62,7 +62,10 @@ type Options struct {
 	// a region.Viewer, whose reads cost no round trip.
 	Chunk    int64
 	ReadOnly bool
-	Params   param.Values // of Params; the zero value means the defaults
+	// Mode has the file's permission bits, judged by the kernel; the owner is who
+	// mounts. 0 is 0600. ReadOnly takes the bits for writing away.
+	Mode   os.FileMode
+	Params param.Values // of Params; the zero value means the defaults
 }
 
 // Stats counts requests since Open. Bytes are those moved without an error.
@@ -153,7 +156,7 @@ func Open(ctx context.Context, store region.Store, o Options) (*Device, error) {
 		store: store, viewer: viewer, size: store.Size(), readOnly: o.ReadOnly,
 		timeout: o.Params.Duration("request_timeout"), spin: o.Params.Duration("fuse_spin"),
 		path: filepath.Join(dir, o.Name),
-		attr: attr{size: store.Size(), mode: unix.S_IFREG | 0o600, uid: uint32(os.Geteuid()),
+		attr: attr{size: store.Size(), mode: unix.S_IFREG | uint32(cmp.Or(o.Mode.Perm(), 0o600)), uid: uint32(os.Geteuid()),
 			gid: uint32(os.Getegid()), time: time.Now().Unix()},
 		want: initOut{
 			maxReadahead: uint32(min(readAhead, math.MaxUint32)),
@@ -170,7 +173,7 @@ func Open(ctx context.Context, store region.Store, o Options) (*Device, error) {
 		done: make(chan struct{}), ready: make(chan error, 1), closed: make(chan struct{}),
 	}
 	if o.ReadOnly {
-		d.attr.mode = unix.S_IFREG | 0o400
+		d.attr.mode &^= 0o222
 	}
 	if o.Params.Bool("writeback") && !o.ReadOnly {
 		d.want.flags |= flagWritebackCache

@@ -191,6 +191,11 @@ func unmount(ctx context.Context, path string, busy time.Duration) error {
 		if err == nil {
 			return nil
 		}
+		if errors.Is(err, unix.EINVAL) { // perhaps no mount any more: umount(8) was quicker, and the kernel has written back
+			if _, derr := deviceOf(path); errors.Is(derr, region.ErrMissing) {
+				return nil
+			}
+		}
 		if !errors.Is(err, syscall.EBUSY) || ctx.Err() != nil {
 			// MNT_FORCE aborts the connection, without fusectl and its rights.
 			if ferr := unix.Unmount(path, unix.MNT_FORCE|unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); ferr != nil {
