@@ -57,7 +57,7 @@ const firstPause = 50 * time.Millisecond
 type Watch struct {
 	source     *chunk.Reopen
 	interval   time.Duration
-	restart    bool // a source that was started anew is the same
+	restart    bool                            // a source that was started anew is the same
 	invalidate func(ctx context.Context) error // nil: fail
 	noted      func(region.Version) error      // nil, or told of each version that stood for the same content
 
