@@ -35,7 +35,7 @@ func ParseAddress(s string) (a Address, err error) {
 		}
 		return Address{Network: "unix", Host: path}, nil
 	}
-	host := s
+	var host string
 	if strings.Contains(s, "://") {
 		u, err := url.Parse(s)
 		if err != nil {
