@@ -77,7 +77,7 @@ another host writes the region; 6 wrong usage, a path in use, or no such region.
 	f := c.Flags()
 	f.StringVar(&o.strategy, "strategy", "managed-mount", "`name` of the strategy: "+strings.Join(mount.Mountable(s.program.Strategies), ", "))
 	f.StringVar(&o.spec.Device, "device", "", "fuse (a file) or nbd (a link to a block device); default: the strategy's first; there is no other one in its place where it is missing")
-	f.StringVar(&o.spec.Transport, "transport", "nbd", strings.Join(all.TransportNames(), ", ")+": as the server was told")
+	f.StringVar(&o.spec.Transport, "transport", "", strings.Join(all.TransportNames(), ", ")+": as the server was told (default: what ADDR says, else nbd)")
 	f.BoolVar(&o.spec.ReadOnly, "read-only", false, "nobody can write, and any number of hosts can mount the region")
 	f.StringVar(&o.mode, "mode", "", "`permissions` of the files, octal (default 0600; without write bits with --read-only)")
 	sizeFlag(f, &o.spec.Chunk, "chunk", 0, "unit of transfer, a power of two from a page on (default: the strategy's)")
@@ -183,12 +183,7 @@ func runMount(s *state, o mountOptions, args []string) error {
 			fmt.Fprintf(s.stdout, "%s\t%d\t%s\t%s\n", r.Path, r.Bytes, r.Name, r.Device)
 		}
 	}
-	notify := func(state ...string) {
-		if err := mount.Notify(s.env("NOTIFY_SOCKET"), state...); err != nil {
-			log("%v", err)
-		}
-	}
-	notify("READY=1", "STATUS=mounted "+o.spec.Address.String())
+	notify(s, "READY=1", "STATUS=mounted "+o.spec.Address.String())
 	gone := time.NewTicker(goneInterval)
 	defer gone.Stop()
 	unmounted := false
@@ -202,7 +197,7 @@ func runMount(s *state, o mountOptions, args []string) error {
 		break
 	}
 	signal.Reset(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP) // a second one ends us at once
-	notify("STOPPING=1")
+	notify(s, "STOPPING=1")
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), o.grace)
 	defer cancel()
 	var syncErr error
@@ -302,6 +297,9 @@ func runStatus(s *state, o statusOptions, args []string) error {
 			source := "there"
 			if r.Gone > 0 {
 				source = fmt.Sprintf("gone for %.0f s", r.Gone)
+			}
+			if x.Kind == "serve" {
+				source = "-"
 			}
 			c := r.Counters
 			fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%d\t%d\t%d\t%d\t%d\t%d\t%s\n", x.Kind, x.PID, r.Name, cmp.Or(r.Path, "-"), r.Bytes,

@@ -2,24 +2,31 @@ package cli
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"net/url"
+	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
+	"memsync/scenarios/mount"
+	"memsync/strategies/all"
 	"memsync/strategies/backend"
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
 	"memsync/strategies/transport/cert"
-	"memsync/strategies/transport/nbd"
 )
 
 const (
@@ -33,6 +40,9 @@ type serveOptions struct {
 	insecure    bool
 	connections int
 	tls         string
+	transport   string
+	metrics     string
+	asJSON      bool
 }
 
 func newServeCmd(s *state) *cobra.Command {
@@ -47,17 +57,24 @@ memsync on another host, nbdinfo, nbdcopy, qemu, the kernel's nbd-client. Where
 there is one region, the empty name means it too.
 
 stdout has a line for each region when connections are answered: name, bytes, URI.
+The other transports than NBD are for memsync mount. With --listen systemd the socket is
+the one that the service manager passes (sd_listen_fds), which is told when it is served.
 FILE is locked (flock) while it is served and is neither created nor resized. What a
 client flushed is on disk. Runs until SIGINT or SIGTERM, and then exits with 130.`,
 		Example: `  memsync serve disk.img
   memsync serve a=disk.img b=/dev/vdb --read-only --listen 127.0.0.1:0
   memsync serve disk.img --listen unix:/run/memsync.sock
   memsync serve disk.img --listen 10.0.0.1:10809 --tls /etc/memsync/tls
-  memsync serve disk.img --listen 10.0.0.1:10809 --insecure`,
+  memsync serve disk.img --listen 10.0.0.1:10809 --insecure
+  memsync serve disk.img --transport quic --metrics 127.0.0.1:9100`,
 		RunE: func(_ *cobra.Command, args []string) error { return serve(s, o, args) },
 	}
 	f := c.Flags()
-	f.StringVar(&o.listen, "listen", "127.0.0.1:"+nbdPort, "`ADDR` to answer on: HOST:PORT (port 0: a free one) or unix:PATH")
+	f.StringVar(&o.listen, "listen", "127.0.0.1:"+nbdPort, "`ADDR` to answer on: HOST:PORT (port 0: a free one), unix:PATH, or systemd: the socket that it passes")
+	f.StringVar(&o.transport, "transport", "nbd", strings.Join(all.TransportNames(), ", "))
+	f.StringVar(&o.metrics, "metrics", "", "answer http://`ADDR`/metrics in the text format of Prometheus; a loopback address")
+	f.BoolVar(&o.asJSON, "json", false, "print the lines as JSON objects")
+	completions(c, map[string]func() []string{"transport": all.TransportNames})
 	f.BoolVar(&o.readOnly, "read-only", false, "refuse writes; FILE needs to be readable only")
 	f.BoolVar(&o.insecure, "insecure", false, "answer on an address that is not loopback, without TLS: whoever reaches it can read and write")
 	f.StringVar(&o.tls, "tls", "", "insist on TLS 1.3 and on a certificate of each client, with ca-cert.pem, server-cert.pem and server-key.pem of `DIR` (memsync certs), which are read anew when they change")
@@ -72,18 +89,28 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 	if o.connections < 1 || o.connections > 4096 {
 		return exitWith(exitUsage, fmt.Errorf("--connections %d: want 1 to 4096", o.connections))
 	}
-	network, addr, err := listenAddress(s.ctx, o.listen, o.insecure || o.tls != "")
+	var security transport.TLS
+	if o.tls != "" {
+		var err error
+		if security.Server, err = cert.ServerConfig(o.tls); err != nil {
+			return exitWith(exitUsage, fmt.Errorf("--tls %s: %w", o.tls, err))
+		}
+	}
+	t, err := all.SecureTransport(o.transport, security)
+	if err != nil {
+		return exitWith(exitUsage, fmt.Errorf("--transport: unknown transport %q; valid: %s", o.transport, strings.Join(all.TransportNames(), ", ")))
+	}
+	listen, err := listener(s, o, t)
 	if err != nil {
 		return exitWith(exitUsage, fmt.Errorf("--listen %s: %w", o.listen, err))
 	}
-	t := &nbd.Transport{}
-	if o.tls != "" {
-		if t.ServerTLS, err = cert.ServerConfig(o.tls); err != nil {
-			return exitWith(exitUsage, fmt.Errorf("--tls %s: %w", o.tls, err))
-		}
-		t.RequireTLS = true
+	publish, err := metrics(s, o.metrics)
+	if err != nil {
+		return err
 	}
 	var exports transport.Named
+	var stores []*mount.Counted
+	var locations []string
 	defer func() {
 		for _, e := range exports {
 			if !o.readOnly {
@@ -104,6 +131,7 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 		if slices.Contains(exports.List(), name) {
 			return exitWith(exitUsage, fmt.Errorf("%s: there is a region %q already; give another one: NAME=FILE", arg, name))
 		}
+		locations = append(locations, location)
 		store, err := backend.OpenLocation(s.ctx, location, o.readOnly)
 		if err != nil {
 			code := exitUsage
@@ -112,18 +140,49 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 			}
 			return exitWith(code, fmt.Errorf("region %q: %w", name, err))
 		}
-		exports = append(exports, transport.Export{Name: name, Store: store})
+		counted := &mount.Counted{Store: store}
+		stores = append(stores, counted)
+		exports = append(exports, transport.Export{Name: name, Store: counted})
 	}
-	lc := net.ListenConfig{Control: transport.RetrySoon} // connections inherit it
-	lc.SetMultipathTCP(false)
-	l, err := lc.Listen(s.ctx, network, addr)
+	began := time.Now()
+	var address atomic.Pointer[string] // once it is known
+	status := func() mount.Status {
+		st := mount.Status{Kind: "serve", PID: os.Getpid(), Seconds: time.Since(began).Seconds()}
+		if a := address.Load(); a != nil {
+			st.Address = *a
+		}
+		for i, e := range exports {
+			path, _ := filepath.Abs(strings.TrimPrefix(locations[i], "file://"))
+			st.Regions = append(st.Regions, mount.RegionStatus{Name: e.Name, Path: path, Bytes: e.Store.Size(), ReadOnly: stores[i].ReadOnly(), Counters: stores[i].Counters()})
+		}
+		return st
+	}
+	if stop, err := mount.Announce(status); err == nil {
+		defer stop()
+	} else { // it serves all the same
+		fmt.Fprintf(s.stderr, "memsync status will not find this: %v\n", err)
+	}
+	l, err := listen()
 	if err != nil {
 		return exitWith(exitFailed, err)
 	}
+	at := l.Addr().String()
+	address.Store(&at)
+	defer publish(status)()
 	for _, e := range exports {
-		fmt.Fprintf(s.stdout, "%s\t%d\t%s\n", e.Name, e.Store.Size(), exportURI(l.Addr(), e.Name, o.tls != ""))
+		uri := exportURI(l.Addr(), o.transport, e.Name, o.tls != "")
+		if o.asJSON {
+			line, err := json.Marshal(map[string]any{"region": e.Name, "bytes": e.Store.Size(), "uri": uri, "read_only": o.readOnly})
+			if err != nil {
+				return exitWith(exitFailed, err)
+			}
+			fmt.Fprintf(s.stdout, "%s\n", line)
+		} else {
+			fmt.Fprintf(s.stdout, "%s\t%d\t%s\n", e.Name, e.Store.Size(), uri)
+		}
 	}
 	fmt.Fprintf(s.stderr, "serving %d regions on %s\n", len(exports), l.Addr())
+	notify(s, "READY=1", fmt.Sprintf("STATUS=serving %d regions on %s", len(exports), l.Addr()))
 	leases := transport.NewLeases(exports)
 	err = transport.Accept(s.ctx, l, o.connections, func(ctx context.Context, c net.Conn) {
 		peer := c.RemoteAddr()
@@ -131,11 +190,81 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 			fmt.Fprintf(s.stderr, "connection of %s: %v\n", peer, err)
 		}
 	})
+	notify(s, "STOPPING=1")
 	if err != nil {
 		return exitWith(exitFailed, err)
 	}
 	return exitWith(exitInterrupted, nil)
 }
+
+// fromManager is what --listen says for the socket of a service manager.
+const fromManager = "systemd"
+
+// listener checks --listen and returns what begins to listen.
+func listener(s *state, o serveOptions, t transport.Transport) (func() (net.Listener, error), error) {
+	secure := o.insecure || o.tls != ""
+	_, own := t.(transport.Network)
+	if o.listen == fromManager {
+		if own {
+			return nil, fmt.Errorf("transport %s makes its own socket", t.Name())
+		}
+		l, err := passed(s)
+		if err != nil {
+			return nil, err
+		}
+		if a, ok := l.Addr().(*net.TCPAddr); ok && !a.IP.IsLoopback() && !secure {
+			return nil, errors.Join(errNoTLS, l.Close())
+		}
+		return func() (net.Listener, error) { return l, nil }, nil
+	}
+	network, addr, err := listenAddress(s.ctx, o.listen, secure)
+	switch {
+	case err != nil:
+		return nil, err
+	case own && network != "tcp":
+		return nil, fmt.Errorf("transport %s has no Unix sockets", t.Name())
+	case own:
+		return func() (net.Listener, error) { return transport.Listen(s.ctx, t, addr) }, nil
+	}
+	lc := net.ListenConfig{Control: transport.RetrySoon} // connections inherit it
+	lc.SetMultipathTCP(false)
+	return func() (net.Listener, error) { return lc.Listen(s.ctx, network, addr) }, nil
+}
+
+// passed is the one socket that the service manager passed to this process: sd_listen_fds(3).
+func passed(s *state) (net.Listener, error) {
+	const first = 3
+	if pid := s.env("LISTEN_PID"); pid != strconv.Itoa(os.Getpid()) {
+		return nil, fmt.Errorf("no socket was passed to this process (LISTEN_PID is %q)", pid)
+	}
+	if n := s.env("LISTEN_FDS"); n != "1" {
+		return nil, fmt.Errorf("%q sockets were passed (LISTEN_FDS); want 1", n)
+	}
+	f := os.NewFile(first, "passed socket")
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, fmt.Errorf("descriptor %d: %w", first, err)
+	}
+	if c, ok := l.(syscall.Conn); ok {
+		if raw, err := c.SyscallConn(); err == nil {
+			_ = transport.RetrySoon("", "", raw) // as good as it gets: the socket is not ours
+		}
+	}
+	if u, ok := l.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false)
+	}
+	return l, nil
+}
+
+// notify tells the service manager, if there is one.
+func notify(s *state, state ...string) {
+	if err := mount.Notify(s.env("NOTIFY_SOCKET"), state...); err != nil {
+		fmt.Fprintf(s.stderr, "%s: %v\n", s.program.Name, err)
+	}
+}
+
+var errNoTLS = errors.New("the address is not loopback and there is no TLS: whoever reaches it could read and write. Use --tls DIR, a loopback address with a tunnel, or --insecure")
 
 // exportArg takes [NAME=]FILE apart.
 func exportArg(arg string) (name, location string, err error) {
@@ -185,15 +314,17 @@ func listenAddress(ctx context.Context, s string, insecure bool) (network, addr 
 		host = ips[0].String()
 	}
 	if !ip.IsLoopback() && !insecure {
-		return "", "", errors.New("the address is not loopback and there is no TLS: whoever reaches it could read and write. Use --tls DIR, a loopback address with a tunnel, or --insecure")
+		return "", "", errNoTLS
 	}
 	return "tcp", net.JoinHostPort(host, port), nil
 }
 
 // exportURI is how clients name the region (doc/uri.md of the NBD project).
-func exportURI(a net.Addr, name string, secure bool) string {
+func exportURI(a net.Addr, transport, name string, secure bool) string {
 	u := url.URL{Scheme: "nbd", Host: a.String(), Path: "/" + name}
-	if secure {
+	if transport != "nbd" {
+		u.Scheme = transport
+	} else if secure {
 		u.Scheme = "nbds"
 	}
 	if a.Network() == "unix" {

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"memsync/scenarios"
 	"memsync/scenarios/mount"
 	"memsync/strategies/all"
 	"memsync/strategies/region"
@@ -34,6 +35,7 @@ func needFUSE(t *testing.T) {
 // mounting starts memsync mount and waits until it says that it is ready.
 func mounting(t *testing.T, dir string, regions int, args ...string) *command {
 	t.Helper()
+	t.Cleanup(func() { scenarios.UnmountBelow(dir) }) // after the process is gone: of a test that failed
 	c := launch(t, dir, append([]string{"mount"}, args...)...)
 	c.until("it is mounted", func() bool { return strings.Count(c.stdout.String(), "\n") == regions })
 	return c
@@ -362,4 +364,79 @@ func TestMountNotify(t *testing.T) {
 	c.signal(c.cmd.Process.Pid, unix.SIGTERM)
 	heard("STOPPING=1")
 	c.exit(0, patience)
+}
+
+// TestMountTransports: each transport serves and mounts; status and metrics of the
+// server count what it gave.
+func TestMountTransports(t *testing.T) {
+	needFUSE(t)
+	for _, name := range all.TransportNames() {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			want := image(t, filepath.Join(dir, "one"), 1, 1<<20)
+			s := launch(t, dir, "serve", "one", "--transport", name, "--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0")
+			s.until("it serves", func() bool { return strings.Contains(s.stdout.String(), "\n") })
+			uri := strings.Split(strings.TrimSpace(s.stdout.String()), "\t")[2]
+			if !strings.HasPrefix(uri, name+"://") {
+				t.Errorf("URI %s", uri)
+			}
+			c := mounting(t, dir, 1, uri, "here", "--strategy", "direct-mount")
+			if got, err := os.ReadFile(filepath.Join(dir, "here")); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+			f, err := os.OpenFile(filepath.Join(dir, "here"), os.O_WRONLY, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := f.WriteAt([]byte("written"), 4321); err != nil {
+				t.Error(err)
+			}
+			if err := errors.Join(f.Sync(), f.Close()); err != nil {
+				t.Error(err)
+			}
+			if st := statusOf(t, s); st.Kind != "serve" || st.Regions[0].Counters["pulled_bytes"] < 512<<10 || st.Regions[0].Counters["pushed_bytes"] < 7 {
+				t.Errorf("%+v", st)
+			}
+			_, rest, _ := strings.Cut(s.stderr.String(), "metrics on ")
+			if text := must(t, "curl", "curl", "-sS", "--max-time", "20", strings.Fields(rest)[0]); !strings.Contains(text, "# TYPE memsync_serve_pushed_bytes_total counter") {
+				t.Errorf("metrics: %s", text)
+			}
+			c.signal(c.cmd.Process.Pid, unix.SIGTERM)
+			c.exit(0, patience)
+			s.signal(s.cmd.Process.Pid, unix.SIGTERM)
+			s.exit(130, patience)
+			copy(want[4321:], "written")
+			if got, err := os.ReadFile(filepath.Join(dir, "one")); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("the served file differs: %v", err)
+			}
+			left(t, c, dir, "one")
+		})
+	}
+}
+
+// TestServePassedSocket: the service manager's socket is served, and it is told so.
+func TestServePassedSocket(t *testing.T) {
+	dir := t.TempDir()
+	image(t, filepath.Join(dir, "one"), 1, 1<<20)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	f, err := l.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	// The shell's process becomes memsync, so that its number is the one that LISTEN_PID names.
+	cmd := exec.Command("sh", "-c", `LISTEN_PID=$$ LISTEN_FDS=1 exec memsync serve one --listen systemd`)
+	cmd.ExtraFiles = []*os.File{f}
+	c := start(t, dir, cmd)
+	c.until("it serves", func() bool { return strings.Contains(c.stdout.String(), "\n") })
+	if !strings.Contains(c.stdout.String(), "nbd://"+l.Addr().String()+"/one") {
+		t.Errorf("%s", c.stdout.String())
+	}
+	must(t, "nbdinfo", "libnbd-bin", "nbd://"+l.Addr().String()+"/one")
+	c.signal(c.cmd.Process.Pid, unix.SIGTERM)
+	c.exit(130, patience)
 }

@@ -21,10 +21,13 @@ type Address struct {
 	Host    string // host:port, or the socket's path
 	Name    string // of the region; empty is the server's only one
 	TLS     bool   // the address says so (nbds)
+	// Transport that the address says, other than nbd; empty: it does not.
+	Transport string
 }
 
 // ParseAddress takes HOST[:PORT][/NAME], unix:PATH, or an NBD URI (doc/uri.md of
 // the NBD project): nbd://HOST[:PORT]/NAME, nbds://..., nbd+unix:///NAME?socket=PATH.
+// The other transports have URIs alike, as quic://HOST[:PORT]/NAME.
 func ParseAddress(s string) (a Address, err error) {
 	bad := func(why string) (Address, error) {
 		return a, fmt.Errorf("address %q: %s; want HOST[:PORT][/NAME], unix:PATH, nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH: %w", s, why, scenarios.ErrUsage)
@@ -51,6 +54,8 @@ func ParseAddress(s string) (a Address, err error) {
 				return bad("no socket")
 			}
 			return a, nil
+		case "grpc", "drpc", "quic", "jsonrpc":
+			host, a.Transport = u.Host, u.Scheme
 		default:
 			return bad(fmt.Sprintf("unknown scheme %q", u.Scheme))
 		}
@@ -74,6 +79,9 @@ func ParseAddress(s string) (a Address, err error) {
 
 // String is the address as ParseAddress takes it.
 func (a Address) String() string {
+	if a.Transport != "" {
+		return (&url.URL{Scheme: a.Transport, Host: a.Host, Path: "/" + a.Name}).String()
+	}
 	u := url.URL{Scheme: "nbd", Host: a.Host, Path: "/" + a.Name}
 	if a.TLS {
 		u.Scheme = "nbds"

@@ -74,10 +74,10 @@ func unfit(i strategies.Info) error {
 	switch paths := slices.Contains(i.Devices, "fuse") || slices.Contains(i.Devices, "nbd"); {
 	case i.Can(strategies.LocalOnly):
 		why = "it has no source on another host; " + instead
-	case i.Can(strategies.Migrates):
-		why = "its source must be a memory that a program gives away, not a served file; " + instead
 	case !i.Can(strategies.Reads) || !paths && i.Can(strategies.Follows):
 		why = "it keeps a copy in memory that has no path; " + instead
+	case i.Can(strategies.Migrates):
+		why = "its source must be a memory that a program gives away, not a served file; " + instead
 	case !paths:
 		why = "its region is a mapping whose faults it serves, of one program that hands over a userfaultfd, and has no path; " + instead
 	default:
@@ -210,7 +210,10 @@ func (s *Spec) resolve() (param.Values, error) {
 	if len(info.Transports) > 0 {
 		transports = info.Transports
 	}
-	s.Transport = cmp.Or(s.Transport, transports[0])
+	if a := s.Address.Transport; a != "" && s.Transport != "" && a != s.Transport {
+		return usage(fmt.Errorf("the address is of transport %s, and %s was asked for", a, s.Transport))
+	}
+	s.Transport = cmp.Or(s.Transport, s.Address.Transport, transports[0])
 	if !slices.Contains(transports, s.Transport) {
 		return usage(fmt.Errorf("transport %q with %s; valid: %s", s.Transport, info.Name, strings.Join(transports, ", ")))
 	}

@@ -16,7 +16,7 @@ import (
 )
 
 const (
-	folderPrefix = "memsync-mount-" // of the folder in the temporary directory that a mount owns
+	folderPrefix = "memsync-live-" // of the folder in the temporary directory that a mount or server owns
 	recordFile   = "record.json"
 	fuseType     = "fuse.memsync" // as package fuse mounts
 )

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"memsync/scenarios"
 	"memsync/strategies"
 )
 
@@ -39,7 +40,8 @@ type RegionStatus struct {
 	Bytes    int64  `json:"bytes"`
 	ReadOnly bool   `json:"read_only"`
 	// Counters by name: of a mount pulled_bytes, pushed_bytes, pull_requests,
-	// push_requests, local_bytes, dirty_bytes, reconnects and the strategy's own.
+	// push_requests, local_bytes, dirty_bytes, reconnects and the strategy's own; of
+	// a server pulled and pushed are what its clients read and wrote.
 	Counters map[string]int64 `json:"counters"`
 	Gone     float64          `json:"source_gone_seconds"` // for how long the source has been; 0: it is there
 	Error    string           `json:"error,omitempty"`     // the latest behind an EIO
@@ -147,6 +149,20 @@ func answer(dir string, status func() any) (stop func(), err error) {
 		}
 	})
 	return sync.OnceFunc(func() { l.Close(); wg.Wait() }), nil
+}
+
+// Announce makes this process, which is no Mount, one that All finds.
+func Announce(status func() Status) (stop func(), err error) {
+	dir, disown, err := scenarios.NewOwned(folderPrefix)
+	if err != nil {
+		return nil, err
+	}
+	quiet, err := answer(dir, func() any { return status() })
+	if err != nil {
+		disown()
+		return nil, err
+	}
+	return func() { quiet(); disown() }, nil
 }
 
 // All asks every mount and server of this user that lives, by their folders in the

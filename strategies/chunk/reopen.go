@@ -18,7 +18,10 @@ import (
 type Reopen struct {
 	open func(ctx context.Context) (region.Store, error)
 	lost func()
-	size int64
+	// again, unless nil, is what a store that was opened again gets to do first, with
+	// the epoch known that it is done under.
+	again func(ctx context.Context, s region.Store) error
+	size  int64
 	// epoch of the lease to write, with which it was opened last; 0 is without one.
 	epoch atomic.Uint32
 
@@ -174,6 +177,11 @@ func (r *Reopen) get(ctx context.Context) (region.Store, error) {
 		return nil, errors.Join(err, s.Close())
 	}
 	r.epoch.Store(e)
+	if r.again != nil {
+		if err := r.again(ctx, s); err != nil {
+			return nil, errors.Join(err, s.Close())
+		}
+	}
 	r.lost()
 	r.mu.Lock()
 	closed := r.closed

@@ -39,19 +39,10 @@ var _ region.Store = (*Resend)(nil)
 func OpenResending(ctx context.Context, open func(ctx context.Context) (region.Store, error)) (*Resend, error) {
 	r := &Resend{}
 	var err error
-	r.Reopen, err = OpenAgain(ctx, func(ctx context.Context) (region.Store, error) {
-		s, err := open(ctx)
-		if err != nil {
-			return nil, err
-		}
-		if err := r.replay(ctx, s); err != nil {
-			return nil, errors.Join(err, s.Close())
-		}
-		return s, nil
-	}, nil)
-	if err != nil {
+	if r.Reopen, err = OpenAgain(ctx, open, nil); err != nil {
 		return nil, err
 	}
+	r.again = r.replay
 	return r, nil
 }
 
