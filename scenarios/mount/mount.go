@@ -104,6 +104,9 @@ type mounted struct {
 	mount      strategies.Mount
 }
 
+// undo is how long taking back what Open had made may take where it fails.
+const undo = 30 * time.Second
+
 // Open mounts. ctx bounds the opening; the mount lives until Close. Errors match
 // scenarios.ErrUsage, region.ErrMissing (no such region; the error names those that
 // there are), region.ErrNotSupported and region.ErrNotPermitted.
@@ -139,7 +142,9 @@ func Open(ctx context.Context, s Spec) (_ *Mount, err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, m.Close(context.WithoutCancel(ctx)))
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undo)
+			defer cancel()
+			err = errors.Join(err, m.Close(ctx))
 		}
 	}()
 	if err := m.record(); err != nil {
