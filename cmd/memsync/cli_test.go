@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -53,6 +55,11 @@ func uncalibrated() scenarios.Figure {
 	}
 }
 
+func underRaceDetector() bool {
+	info, _ := debug.ReadBuildInfo()
+	return slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
+}
+
 // TestScripts runs testdata/script: the real program, in folders of its own.
 //
 // Beside testscript's own commands there are
@@ -68,7 +75,8 @@ func uncalibrated() scenarios.Figure {
 //	lines N FILE                the file has N lines
 //	awaits FILE                 until the file is there
 //
-// The condition lab is true unless LAB=0, or where this is the lab already.
+// The condition lab is true unless LAB=0, or where this is the lab already; race is true under the
+// race detector: what reads results and writes files in one goroutine is left out there.
 func TestScripts(t *testing.T) {
 	schema := compileSchema(t)
 	testscript.Run(t, testscript.Params{
@@ -80,8 +88,11 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Condition: func(c string) (bool, error) {
-			if c == "lab" {
+			switch c {
+			case "lab":
 				return os.Getenv("LAB") != "0" && os.Getenv("MEMSYNC_LAB") != "1", nil
+			case "race":
+				return underRaceDetector(), nil
 			}
 			return false, fmt.Errorf("unknown condition %q", c)
 		},
