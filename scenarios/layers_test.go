@@ -62,17 +62,18 @@ var layers = []struct {
 	{"strategies/backend/redis", 12, false},
 	{"strategies/backend/s3", 12, false},
 	{"strategies/backend/services", 12, false},
-	{"strategies/backend/keyed", 13, false},
+	{"strategies/backend/cassandra", 13, false},
+	{"strategies/backend/keyed", 14, false},
 	{"strategies/backend/keyed/keyedtest", 12, false},
 	{"strategies/storetest", 12, false},
-	{"strategies/replay", 14, false},
+	{"strategies/replay", 15, false},
 	{"strategies/order/format", 12, false},
 	{"strategies/order", 13, false},
 	{"strategies/mountinfo", 13, false},
 	{"strategies/param", 13, false},
-	{"strategies/region", 14, false},
-	{"results", 15, true},
-	{"netem", 15, false},
+	{"strategies/region", 15, false},
+	{"results", 16, true},
+	{"netem", 16, false},
 }
 
 // leaves import nothing of memsync but themselves.

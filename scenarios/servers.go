@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 
@@ -33,7 +34,7 @@ func (s *servers) For(ctx context.Context, c *Cell, scratch string, log func(str
 		return nil, nil
 	}
 	if ext, ok, err := backend.External(c.Backend, c.params, os.Getenv); ok || err != nil {
-		return &ext, err
+		return &ext, errors.Join(err, fromHere(ctx, &ext))
 	}
 	sv, ok := s.running[c.Backend]
 	if !ok {
@@ -53,6 +54,24 @@ func (s *servers) For(ctx context.Context, c *Cell, scratch string, log func(str
 	return &backend.Service{Endpoint: sv.Endpoint, NetNS: s.ns.Path()}, nil
 }
 
+// fromHere makes an endpoint that was named to us one for the roles, which are in
+// network namespaces of their own: they reach it through ours, and ask no name server.
+func fromHere(ctx context.Context, e *backend.Service) error {
+	host, port, err := net.SplitHostPort(e.Addr)
+	if err != nil || host == "" {
+		return err
+	}
+	if net.ParseIP(host) == nil {
+		addrs, err := net.DefaultResolver.LookupHost(ctx, host)
+		if err != nil {
+			return fmt.Errorf("endpoint %s: %w", e.Addr, err)
+		}
+		e.Addr = net.JoinHostPort(addrs[0], port)
+	}
+	e.NetNS = fmt.Sprintf("/proc/%d/ns/net", os.Getpid())
+	return nil
+}
+
 func (s *servers) start(ctx context.Context, name, scratch string, log func(string, ...any)) (sv *services.Service, err error) {
 	if s.ns == nil {
 		if s.ns, err = netem.Isolated("services"); err != nil {
@@ -63,11 +82,11 @@ func (s *servers) start(ctx context.Context, name, scratch string, log func(stri
 	if err != nil {
 		return nil, err
 	}
-	net := services.Net{
+	inside := services.Net{
 		Start: func(cmd *exec.Cmd) error { return s.ns.Start(cmd) },
 		Dial:  s.ns.Dial, Listen: s.ns.Listen,
 	}
-	return services.Start(ctx, name, dir, net, func(line string) {
+	return services.Start(ctx, name, dir, inside, func(line string) {
 		if log != nil {
 			log("%s", line)
 		}

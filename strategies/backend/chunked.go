@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	"memsync/strategies/backend/cassandra"
 	"memsync/strategies/backend/directory"
 	"memsync/strategies/backend/keyed"
 	"memsync/strategies/backend/kv"
@@ -54,6 +55,14 @@ type chunkedBackend struct {
 
 func chunked() map[string]chunkedBackend {
 	return map[string]chunkedBackend{
+		"cassandra": {server: true, open: func(ctx context.Context, a access) (keyed.Table, error) {
+			o := cassandra.Options{Addr: a.service.Addr, User: a.service.User, Password: a.service.Password, Keyspace: a.service.Bucket, Dial: a.dial,
+				Table: strings.ToLower(strings.NewReplacer("-", "_", "/", "").Replace(a.prefix))}
+			if err := cassandra.MakeTable(ctx, o); err != nil {
+				return nil, err
+			}
+			return cassandra.Open(ctx, o)
+		}},
 		"directory": {
 			params: []param.Spec{{Name: "handles", Kind: param.KindInt, Default: "64", Min: 1, Max: 65536, Doc: "files that the directory backend has open at once"}},
 			open: func(_ context.Context, a access) (keyed.Table, error) {

@@ -32,7 +32,7 @@ func dialIn(path string) func(ctx context.Context, network, addr string) (net.Co
 			}
 			defer ns.Close()
 			if err = unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
-				err = fmt.Errorf("enter the network namespace of the server: %w", err)
+				err = fmt.Errorf("enter the network namespace of the server (for one that runs already: as root): %w", err)
 				return
 			}
 			// One address, so that the dialer needs no goroutine of its own.

@@ -1,6 +1,6 @@
 // Package services starts the real servers that backends talk to, on loopback of
 // the network namespace that it is called in: Redis (Debian's redis-server), an
-// S3 server (versitygw, built from Go modules) and Cassandra.
+// S3 server (versitygw, built from Go modules) and Apache Cassandra (its Maven artifacts).
 //
 // A server dies with the process that started it, and its data are below a
 // folder of the caller.
@@ -9,11 +9,13 @@ package services
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -44,15 +46,18 @@ type kind struct {
 	// find returns the program, or an error that matches region.ErrNotSupported
 	// and names what would mend it. It may build or fetch it.
 	find func(ctx context.Context, log func(string)) (program string, err error)
-	// command makes the process that serves e below dir.
-	command func(program, dir string, e Endpoint) (*exec.Cmd, error)
+	// command makes the process that serves e below dir. ports are free ones; the
+	// first is e's.
+	command func(program, dir string, e Endpoint, ports []string) (*exec.Cmd, error)
 	// ready returns nil once the server answers; it is asked again until then.
 	ready   func(ctx context.Context, n Net, e Endpoint) error
 	version func(ctx context.Context, program string) string
 	start   time.Duration // how long it may take to be ready
+	stop    time.Duration // how long it may take to end when asked to; 0 is 5 s
+	ports   int           // that it listens on; 0 is 1
 }
 
-func kinds() []kind { return []kind{redisServer(), s3Server()} }
+func kinds() []kind { return []kind{redisServer(), s3Server(), cassandraServer()} }
 
 // Kinds lists the servers that Start knows.
 func Kinds() []string {
@@ -74,8 +79,10 @@ func byName(name string) (kind, error) {
 // Service is a server that runs.
 type Service struct {
 	Endpoint
+	kind   kind
+	net    Net
 	cmd    *exec.Cmd
-	log    *tail
+	log    fmt.Stringer // its last words
 	ended  chan struct{}
 	err    error // of the process, once ended
 	closed sync.Once
@@ -99,7 +106,33 @@ func Here() Net {
 // existing folder for its data, which the caller removes after Close. log, which
 // may be nil, is told of what takes long. Where the server cannot be had the
 // error matches region.ErrNotSupported.
+//
+// The server ends with the thread that called Start, so with the process at the latest.
 func Start(ctx context.Context, name, dir string, n Net, log func(string)) (*Service, error) {
+	s, err := prepare(ctx, name, dir, n, log)
+	if err != nil {
+		return nil, err
+	}
+	words := &tail{}
+	s.log, s.cmd.Stdout, s.cmd.Stderr = words, words, words
+	s.cmd.WaitDelay = time.Second
+	s.cmd.SysProcAttr.Setpgid = true // a Ctrl-C is for memsync, which then ends it
+	s.cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	return s, s.run(ctx)
+}
+
+// Again starts a server that has ended once more: the same data, address and
+// credentials. It waits until the server answers. What the first one said is kept.
+func (s *Service) Again(ctx context.Context) (*Service, error) {
+	<-s.ended
+	c := &exec.Cmd{Path: s.cmd.Path, Args: s.cmd.Args, Env: s.cmd.Env, Dir: s.cmd.Dir, Stdout: s.cmd.Stdout, Stderr: s.cmd.Stderr,
+		WaitDelay: s.cmd.WaitDelay, SysProcAttr: s.cmd.SysProcAttr}
+	next := &Service{Endpoint: s.Endpoint, kind: s.kind, net: s.net, cmd: c, log: s.log, ended: make(chan struct{})}
+	return next, next.run(ctx)
+}
+
+// prepare finds the program and makes all that run needs but where the server's words go.
+func prepare(ctx context.Context, name, dir string, n Net, log func(string)) (*Service, error) {
 	k, err := byName(name)
 	if err != nil {
 		return nil, err
@@ -112,42 +145,44 @@ func Start(ctx context.Context, name, dir string, n Net, log func(string)) (*Ser
 	if err != nil {
 		return nil, wrap(err)
 	}
-	port, err := freePort(ctx, n)
+	ports, err := freePorts(ctx, n, max(1, k.ports))
 	if err != nil {
 		return nil, wrap(err)
 	}
-	e := Endpoint{Kind: name, Addr: net.JoinHostPort("127.0.0.1", port), User: "memsync", Password: secret(), Bucket: "memsync",
+	e := Endpoint{Kind: name, Addr: net.JoinHostPort("127.0.0.1", ports[0]), User: "memsync", Password: secret(), Bucket: "memsync",
 		Version: k.version(ctx, program)}
-	cmd, err := k.command(program, dir, e)
+	cmd, err := k.command(program, dir, e, ports)
 	if err != nil {
 		return nil, wrap(err)
 	}
-	s := &Service{Endpoint: e, cmd: cmd, log: &tail{}, ended: make(chan struct{})}
-	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, s.log, s.log
-	cmd.WaitDelay = time.Second
-	// Its own process group: a Ctrl-C is for memsync, which then ends it.
+	cmd.Dir = dir
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
-	cmd.SysProcAttr.Setpgid, cmd.SysProcAttr.Pdeathsig = true, syscall.SIGKILL
-	if err := n.Start(cmd); err != nil {
-		return nil, wrap(err)
-	}
-	go func() {
-		s.err = cmd.Wait()
-		close(s.ended)
-	}()
-	if err := s.wait(ctx, k, n); err != nil {
-		return nil, errors.Join(wrap(err), s.Close())
-	}
-	return s, nil
+	return &Service{Endpoint: e, kind: k, net: n, cmd: cmd, ended: make(chan struct{})}, nil
 }
 
-func (s *Service) wait(ctx context.Context, k kind, n Net) error {
-	ctx, cancel := context.WithTimeout(ctx, k.start)
+// run starts the process and waits until it is ready; else it ends it.
+func (s *Service) run(ctx context.Context) error {
+	wrap := func(err error) error { return fmt.Errorf("start %s: %w", s.Kind, err) }
+	if err := s.net.Start(s.cmd); err != nil {
+		return wrap(err)
+	}
+	go func() {
+		s.err = s.cmd.Wait()
+		close(s.ended)
+	}()
+	if err := s.wait(ctx); err != nil {
+		return errors.Join(wrap(err), s.Close())
+	}
+	return nil
+}
+
+func (s *Service) wait(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, s.kind.start)
 	defer cancel()
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, 250*time.Millisecond) {
-		err := k.ready(ctx, n, s.Endpoint)
+		err := s.kind.ready(ctx, s.net, s.Endpoint)
 		if err == nil {
 			return nil
 		}
@@ -155,7 +190,7 @@ func (s *Service) wait(ctx context.Context, k kind, n Net) error {
 		case <-s.ended:
 			return fmt.Errorf("it ended: %w: %s", s.err, s.log)
 		case <-ctx.Done():
-			return fmt.Errorf("not ready after %v: %w: %s", k.start, err, s.log)
+			return fmt.Errorf("not ready after %v: %w: %s", s.kind.start, err, s.log)
 		case <-time.After(pause):
 		}
 	}
@@ -171,13 +206,17 @@ func (s *Service) Kill() error {
 	return err
 }
 
-// Close ends the server: politely, and after 5 s by SIGKILL. It may be called twice.
+// stopTime is how long a server may take to end when asked to.
+func (k kind) stopTime() time.Duration { return cmp.Or(k.stop, 5*time.Second) }
+
+// Close ends the server: politely, and after a while (5 s; Cassandra 20 s) by
+// SIGKILL. It may be called twice.
 func (s *Service) Close() error {
 	s.closed.Do(func() {
 		_ = s.cmd.Process.Signal(syscall.SIGTERM)
 		select {
 		case <-s.ended:
-		case <-time.After(5 * time.Second):
+		case <-time.After(s.kind.stopTime()):
 			_ = s.cmd.Process.Kill()
 			<-s.ended
 		}
@@ -185,16 +224,22 @@ func (s *Service) Close() error {
 	return nil
 }
 
-// freePort returns a port that was free a moment ago. A server that finds it
+// freePorts returns ports that were free a moment ago. A server that finds one
 // taken ends, and Start says so.
-func freePort(ctx context.Context, n Net) (string, error) {
-	l, err := n.Listen(ctx, "tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
+func freePorts(ctx context.Context, n Net, count int) (ports []string, err error) {
+	for range count {
+		l, err := n.Listen(ctx, "tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer l.Close() // not before all are had
+		_, port, err := net.SplitHostPort(l.Addr().String())
+		if err != nil {
+			return nil, err
+		}
+		ports = append(ports, port)
 	}
-	defer l.Close()
-	_, port, err := net.SplitHostPort(l.Addr().String())
-	return port, err
+	return ports, nil
 }
 
 func secret() string {
@@ -253,7 +298,7 @@ func redisServer() kind {
 			}
 			return "redis"
 		},
-		command: func(program, dir string, e Endpoint) (*exec.Cmd, error) {
+		command: func(program, dir string, e Endpoint, _ []string) (*exec.Cmd, error) {
 			host, port, err := net.SplitHostPort(e.Addr)
 			if err != nil {
 				return nil, err
@@ -307,7 +352,7 @@ func s3Server() kind {
 			_, v, _ := strings.Cut(gateway, "@")
 			return "versitygw " + v
 		},
-		command: func(program, dir string, e Endpoint) (*exec.Cmd, error) {
+		command: func(program, dir string, e Endpoint, _ []string) (*exec.Cmd, error) {
 			data := filepath.Join(dir, "data")
 			if err := os.MkdirAll(data, 0o700); err != nil {
 				return nil, err
@@ -323,15 +368,44 @@ func s3Server() kind {
 // buildTime bounds fetching and building a server; on two cores it takes 2 to 3 minutes.
 const buildTime = 15 * time.Minute
 
-// build returns the program that a Go package is, built once into the user's cache.
-func build(ctx context.Context, pkg string, log func(string)) (string, error) {
+// cached returns where a server's program is, or will be, in the user's cache.
+func cached(name string) (string, error) {
 	cache, err := os.UserCacheDir()
 	if err != nil {
 		return "", err
 	}
+	return filepath.Join(cache, "memsync-services", name), nil
+}
+
+// into makes path, whole or not at all: make gets an empty folder beside it and
+// returns what shall be moved there.
+func into(path string, make func(tmp string) (string, error)) error {
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o777); err != nil {
+		return err
+	}
+	tmp, err := os.MkdirTemp(dir, "new-*")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	made, err := make(tmp)
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(made, path); err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, syscall.ENOTEMPTY) {
+		return err // else somebody else was faster
+	}
+	return nil
+}
+
+// build returns the program that a Go package is, built once into the user's cache.
+func build(ctx context.Context, pkg string, log func(string)) (string, error) {
 	path, version, _ := strings.Cut(pkg, "@")
-	dir := filepath.Join(cache, "memsync-services", version)
-	program := filepath.Join(dir, filepath.Base(path))
+	program, err := cached(filepath.Join(version, filepath.Base(path)))
+	if err != nil {
+		return "", err
+	}
 	if _, err := os.Stat(program); err == nil {
 		return program, nil
 	}
@@ -340,22 +414,16 @@ func build(ctx context.Context, pkg string, log func(string)) (string, error) {
 		return "", fmt.Errorf("%s is not built yet, and there is no Go to build it (go install %s): %w", program, pkg, region.ErrNotSupported)
 	}
 	log("building " + pkg + " into the user cache (once)")
-	tmp, err := os.MkdirTemp(cache, "memsync-build-*")
-	if err != nil {
-		return "", err
-	}
-	defer os.RemoveAll(tmp)
-	ctx, cancel := context.WithTimeout(ctx, buildTime)
-	defer cancel()
-	c := exec.CommandContext(ctx, goTool, "install", pkg)
-	c.WaitDelay = time.Second // what it started may hold its output
-	c.Dir = tmp               // outside of any module
-	c.Env = append(os.Environ(), "GOBIN="+tmp, "CGO_ENABLED=0", "GOFLAGS=-trimpath")
-	if out, err := c.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("go install %s: %w: %s: %w", pkg, err, bytes.TrimSpace(out), region.ErrNotSupported)
-	}
-	if err := os.MkdirAll(dir, 0o777); err != nil {
-		return "", err
-	}
-	return program, os.Rename(filepath.Join(tmp, filepath.Base(path)), program)
+	return program, into(program, func(tmp string) (string, error) {
+		ctx, cancel := context.WithTimeout(ctx, buildTime)
+		defer cancel()
+		c := exec.CommandContext(ctx, goTool, "install", pkg)
+		c.WaitDelay = time.Second // what it started may hold its output
+		c.Dir = tmp               // outside of any module
+		c.Env = append(os.Environ(), "GOBIN="+tmp, "CGO_ENABLED=0", "GOFLAGS=-trimpath")
+		if out, err := c.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("go install %s: %w: %s: %w", pkg, err, bytes.TrimSpace(out), region.ErrNotSupported)
+		}
+		return filepath.Join(tmp, filepath.Base(path)), nil
+	})
 }

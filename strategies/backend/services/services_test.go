@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"memsync/strategies/backend/cassandra"
 	"memsync/strategies/backend/keyed"
 	"memsync/strategies/backend/keyed/keyedtest"
 	"memsync/strategies/backend/redis"
@@ -154,6 +155,87 @@ func TestS3(t *testing.T) {
 	})
 }
 
+// TestCassandra starts the server once: that takes most of its time. Under the race
+// detector it runs with MEMSYNC_CASSANDRA=race only.
+func TestCassandra(t *testing.T) {
+	if raceDetector && os.Getenv("MEMSYNC_CASSANDRA") != "race" {
+		t.Skip("the server takes long to start: one run of it, without the race detector, is enough (MEMSYNC_CASSANDRA=race)")
+	}
+	s := start(t, "cassandra")
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	options := cassandra.Options{Addr: s.Addr, User: s.User, Password: s.Password, Keyspace: s.Bucket, Table: "first"}
+	if _, err := cassandra.Open(ctx, options); !errors.Is(err, region.ErrMissing) || !strings.Contains(fmt.Sprint(err), "no table first in keyspace memsync") {
+		t.Errorf("a table that is not there: %v", err)
+	}
+	nowhere := options
+	nowhere.Keyspace = "nowhere"
+	if err := cassandra.MakeTable(ctx, nowhere); !errors.Is(err, region.ErrMissing) || !strings.Contains(err.Error(), "no keyspace nowhere") {
+		t.Errorf("a keyspace that is not there: %v", err)
+	}
+	var n atomic.Int64
+	keyedtest.Run(t, func(t *testing.T) (keyed.Table, func() keyed.Table) {
+		o := options
+		o.Table = fmt.Sprintf("Region_%d", n.Add(1))
+		if err := cassandra.MakeTable(ctx, o); err != nil {
+			t.Fatal(err)
+		}
+		open := func() keyed.Table {
+			table, err := cassandra.Open(ctx, o)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return table
+		}
+		return open(), open
+	})
+	anonymous := options
+	anonymous.User = ""
+	if _, err := cassandra.Open(ctx, anonymous); err == nil || !strings.Contains(err.Error(), "authentication required") {
+		t.Errorf("without credentials: %v", err)
+	}
+	for _, wrong := range [][2]string{{s.User, "wrong"}, {"cassandra", "cassandra"}} {
+		o := options
+		o.User, o.Password = wrong[0], wrong[1]
+		if _, err := cassandra.Open(ctx, o); !errors.Is(err, keyed.ErrPermanent) {
+			t.Errorf("as %q: %v", wrong[0], err)
+		}
+	}
+	t.Run("Dropped", func(t *testing.T) {
+		o := options
+		o.Table = "dropped"
+		if err := cassandra.MakeTable(ctx, o); err != nil {
+			t.Fatal(err)
+		}
+		table, err := cassandra.Open(ctx, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer table.Close()
+		if err := table.Put(ctx, []int64{1}, [][]byte{{1}}); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(table.Clear(ctx), table.Clear(ctx)); err != nil {
+			t.Fatal(err)
+		}
+		if err := table.Get(ctx, []int64{1}, func(int, []byte) { t.Error("a value of a table that was dropped") }); !errors.Is(err, keyed.ErrPermanent) {
+			t.Errorf("of a table that was dropped: %v", err)
+		}
+	})
+	t.Run("Stopped", func(t *testing.T) {
+		o := options
+		o.Table = "stopped"
+		if err := cassandra.MakeTable(ctx, o); err != nil {
+			t.Fatal(err)
+		}
+		table, err := cassandra.Open(ctx, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stopped(t, ctx, s, table, false)
+	})
+}
+
 // A server that is gone for a while: reads, writes and Flush go on when it is back.
 func TestRedisRestart(t *testing.T) {
 	s := start(t, "redis")
@@ -163,16 +245,25 @@ func TestRedisRestart(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	stopped(t, ctx, s, table, true)
+}
+
+// stopped stops a server during a write, a read and, where that asks the server, a
+// Flush: each waits for it. Then it kills it: the deadline holds. It closes the table.
+func stopped(t *testing.T, ctx context.Context, s *services.Service, table keyed.Table, flushAsks bool) {
 	store, err := keyed.New(table, keyed.Options{Size: 1 << 20, Chunk: 1 << 16, Missing: keyed.MissingZero})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer store.Close()
-	for _, op := range []func() error{
+	ops := []func() error{
 		func() error { return store.WriteAt(ctx, make([]byte, 1<<20), 0) },
 		func() error { return store.ReadAt(ctx, make([]byte, 1<<20), 0) },
-		func() error { return store.Flush(ctx) },
-	} {
+	}
+	if flushAsks {
+		ops = append(ops, func() error { return store.Flush(ctx) })
+	}
+	for _, op := range ops {
 		if err := syscall.Kill(s.PID(), syscall.SIGSTOP); err != nil {
 			t.Fatal(err)
 		}
@@ -180,7 +271,7 @@ func TestRedisRestart(t *testing.T) {
 		go func() { done <- op() }()
 		select {
 		case err := <-done:
-			t.Errorf("a stopped server answered: %v", err)
+			t.Fatalf("a stopped server answered: %v", err)
 		case <-time.After(100 * time.Millisecond):
 		}
 		if err := syscall.Kill(s.PID(), syscall.SIGCONT); err != nil {
