@@ -140,6 +140,10 @@ type Options struct {
 	// may be yet; empty is one in Dir. A block device has its path from the kernel.
 	File string
 	Mode os.FileMode // of a device's file: permission bits; 0 is for its owner only
+	// Front, unless nil, gets the store that a device would serve, and no device is opened:
+	// for a program that reads and writes the region by calls. It is called before Mount
+	// returns, and the store is good until Close. Strategies without a device do not look at it.
+	Front func(region.Store)
 	// Reopen: where the connection is lost, the region is opened again, as long as
 	// Remote.Open does not fail, and what was written and not flushed is written once
 	// more. Strategies that always do so do not look at it.

@@ -2,6 +2,7 @@ package chunk
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"sync"
@@ -15,7 +16,14 @@ import (
 // connection (both can be repeated without harm). Flush is not: what was
 // written before it may be lost with the connection. Requests fail with the
 // error of opening as long as that fails.
+//
+// A write that is given up, because its context ends, may still reach the source, and
+// there after one that is made later. So the store is opened again after it, too, and
+// each opening says which one it is (region.Opening): a source that grants leases then
+// takes nothing of the earlier ones any more.
 type Reopen struct {
+	id   string
+	nth  uint64 // opening; under lock
 	open func(ctx context.Context) (region.Store, error)
 	lost func()
 	// again, unless nil, is what a store that was opened again gets to do first, with
@@ -39,14 +47,15 @@ var _ region.Store = (*Reopen)(nil)
 // lost, unless nil, is called after each later opening, before any request is
 // made on it.
 func OpenAgain(ctx context.Context, open func(ctx context.Context) (region.Store, error), lost func()) (*Reopen, error) {
-	cur, err := open(ctx)
+	id := rand.Text()
+	cur, err := open(region.WithOpening(ctx, region.Opening{ID: id, N: 1}))
 	if err != nil {
 		return nil, err
 	}
 	if lost == nil {
 		lost = func() {}
 	}
-	r := &Reopen{open: open, lost: lost, size: cur.Size(), lock: make(chan struct{}, 1), cur: cur}
+	r := &Reopen{id: id, nth: 1, open: open, lost: lost, size: cur.Size(), lock: make(chan struct{}, 1), cur: cur}
 	r.epoch.Store(epochOf(cur))
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	return r, nil
@@ -73,7 +82,18 @@ func (r *Reopen) ReadAt(ctx context.Context, p []byte, off int64) error {
 
 // WriteAt implements region.Store.
 func (r *Reopen) WriteAt(ctx context.Context, p []byte, off int64) error {
-	return r.twice(ctx, func(s region.Store) error { return s.WriteAt(ctx, p, off) })
+	if err := ctx.Err(); err != nil {
+		return err // it has not been sent
+	}
+	var last region.Store
+	err := r.twice(ctx, func(s region.Store) error {
+		last = s
+		return s.WriteAt(ctx, p, off)
+	})
+	if err != nil && ctx.Err() != nil && last != nil {
+		r.drop(last)
+	}
+	return err
 }
 
 // Flush implements region.Store.
@@ -161,7 +181,8 @@ func (r *Reopen) get(ctx context.Context) (region.Store, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(r.ctx, cancel)()
-	s, err := r.open(ctx)
+	r.nth++
+	s, err := r.open(region.WithOpening(ctx, region.Opening{ID: r.id, N: r.nth}))
 	if err != nil {
 		return nil, fmt.Errorf("open the remote region again: %w", err)
 	}

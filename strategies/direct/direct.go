@@ -54,7 +54,7 @@ func (Strategy) Serve(ctx context.Context, t transport.Transport, conn net.Conn,
 // the largest read request, unless the device's parameters set another.
 func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Options) (strategies.Mount, error) {
 	began := time.Now()
-	m := &mount{readOnly: o.ReadOnly, closed: make(chan struct{}), warmed: make(chan struct{})}
+	m := &mount{readOnly: o.ReadOnly, front: o.Front != nil, closed: make(chan struct{}), warmed: make(chan struct{})}
 	s, err := m.open(ctx, r, o.Params, o.Reopen)
 	if err != nil {
 		return nil, err
@@ -70,7 +70,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	if _, ok := s.(region.Viewer); ok {
 		maxRead = 0 // no round trip to keep small
 	}
-	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, File: o.File, Mode: o.Mode, Chunk: maxRead, ReadOnly: o.ReadOnly, Params: o.Params})
+	m.dev, err = device.Open(ctx, o.Device, s, device.Options{Dir: o.Dir, File: o.File, Mode: o.Mode, Chunk: maxRead, ReadOnly: o.ReadOnly, Front: o.Front, Params: o.Params})
 	if _, ok := m.dev.(device.Cacher); err == nil && !ok && o.Params.Text("on_change") == watch.Invalidate {
 		err = errors.Join(fmt.Errorf("on_change=invalidate with device %s, whose page cache is the kernel's to drop: %w", o.Device, region.ErrNotSupported), m.dev.Close(ctx))
 	}
@@ -176,6 +176,7 @@ type mount struct {
 	warmed   chan struct{} // closed when it has ended
 	dev      device.Device
 	readOnly bool
+	front    bool // nobody counts the writes: there is no device
 	closing  sync.Once
 	closed   chan struct{}
 	closeErr error
@@ -222,7 +223,7 @@ func (m *mount) Close(ctx context.Context) error {
 			err = errors.Join(err, m.dev.Err())
 		}
 		err = errors.Join(changed, err)
-		if !m.readOnly && m.dev.Stats().WriteRequests > 0 {
+		if !m.readOnly && (m.front || m.dev.Stats().WriteRequests > 0) {
 			if ferr := m.store.Flush(ctx); ferr != nil {
 				err = errors.Join(err, fmt.Errorf("flush the source: %w", ferr))
 			}

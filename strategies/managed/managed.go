@@ -280,7 +280,7 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 			m.dev = device.OfMemory(m.memory)
 			return nil
 		}
-		m.dev, err = device.Open(gctx, o.Device, front, device.Options{Dir: o.Dir, File: o.File, Mode: o.Mode, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Params: p})
+		m.dev, err = device.Open(gctx, o.Device, front, device.Options{Dir: o.Dir, File: o.File, Mode: o.Mode, Chunk: o.Chunk, ReadOnly: o.ReadOnly, Front: o.Front, Params: p})
 		return err
 	})
 	if err = g.Wait(); err != nil {

@@ -89,6 +89,28 @@ func ClassOf(ctx context.Context) Class {
 	return c
 }
 
+// Opening says which of the openings of a remote store by its one user this is. A
+// source that grants leases takes no write of an earlier one of the same ID any more, so that
+// what was given up, or was under way when a connection was lost, cannot come in late
+// and undo what was written since. It travels in the context.
+type Opening struct {
+	ID string // the same for all openings; no other user has it
+	N  uint64 // counts up
+}
+
+type openingKey struct{}
+
+// WithOpening returns a context for opening a store as o.
+func WithOpening(ctx context.Context, o Opening) context.Context {
+	return context.WithValue(ctx, openingKey{}, o)
+}
+
+// OpeningOf returns what WithOpening set; without an ID where it was not called.
+func OpeningOf(ctx context.Context) Opening {
+	o, _ := ctx.Value(openingKey{}).(Opening)
+	return o
+}
+
 // CheckRange returns ErrOutOfRange, with the numbers, unless [off, off+n) lies
 // within [0, size). It cannot overflow.
 func CheckRange(off, n, size int64) error {

@@ -1,8 +1,11 @@
 package transport
 
 import (
+	"context"
 	"fmt"
 	"math/rand/v2"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -16,7 +19,8 @@ type Leaser interface {
 	// writer names the host that wants to be the one writer, the same for all its
 	// connections; it is empty for one that does not ask. Where another has the
 	// lease, asking gives region.ErrNotPermitted. End ends the Grant.
-	// The region must exist; the empty name is the first of List.
+	// Where writer says so (WriterOf), earlier openings of its user write no more, and what
+	// they had begun to write has ended. The region must exist; the empty name is the first of List.
 	Lease(name, writer string) (*Grant, error)
 }
 
@@ -49,6 +53,8 @@ type lease struct {
 	writer  string // the last that had it
 	conns   int    // that it has now
 	epoch   uint32
+	// openings is the latest opening of each of its users that counts them.
+	openings map[string]uint64
 
 	writes  uint64            // that began or ended
 	byEpoch map[uint32]uint64 // of these, by each writer
@@ -57,15 +63,44 @@ type lease struct {
 
 // Grant is what one connection may do. Its methods may be called concurrently.
 type Grant struct {
-	l      *lease
-	writer string
-	epoch  uint32
-	end    sync.Once
+	l       *lease
+	writer  string
+	opening region.Opening
+	epoch   uint32
+	end     sync.Once
 }
+
+// WriterOf is what a client sends as its writer's name: o.Writer, and behind it which
+// opening of its user this is (region.Opening), where ctx says that.
+func WriterOf(ctx context.Context, o Options) string {
+	n := region.OpeningOf(ctx)
+	if o.Writer == "" || n.ID == "" {
+		return o.Writer
+	}
+	return fmt.Sprintf("%s#%s.%d", o.Writer, n.ID, n.N)
+}
+
+// splitWriter undoes WriterOf.
+func splitWriter(s string) (writer string, o region.Opening) {
+	i := strings.LastIndexByte(s, '#')
+	if i < 0 {
+		return s, o
+	}
+	id, count, ok := strings.Cut(s[i+1:], ".")
+	n, err := strconv.ParseUint(count, 10, 64)
+	if !ok || id == "" || err != nil {
+		return s, o
+	}
+	return s[:i], region.Opening{ID: id, N: n}
+}
+
+// maxOpenings bounds the users of one writer that count their openings.
+const maxOpenings = 1024
 
 // Lease implements Leaser.
 func (l *Leases) Lease(name, writer string) (*Grant, error) {
-	return l.of(name).grant(name, writer)
+	writer, o := splitWriter(writer)
+	return l.of(name).grant(name, writer, o)
 }
 
 // of returns the lease of a region, which exists.
@@ -83,7 +118,7 @@ func (l *Leases) of(name string) *lease {
 	return e
 }
 
-func (l *lease) grant(name, writer string) (*Grant, error) {
+func (l *lease) grant(name, writer string, o region.Opening) (*Grant, error) {
 	if writer != "" {
 		l.writing.Lock() // what others write has ended, or comes later and finds the lease taken
 		defer l.writing.Unlock()
@@ -98,11 +133,22 @@ func (l *lease) grant(name, writer string) (*Grant, error) {
 		if l.writer != writer {
 			l.writer = writer
 			l.epoch++
+			l.openings = map[string]uint64{}
 			delete(l.byEpoch, l.epoch-maxEpochs)
+		}
+		if o.ID != "" {
+			latest, known := l.openings[o.ID]
+			switch {
+			case o.N < latest:
+				return nil, fmt.Errorf("region %q was opened again since, the %d. time: %w", name, latest, region.ErrNotPermitted)
+			case !known && len(l.openings) >= maxOpenings:
+				return nil, fmt.Errorf("region %q has been opened by %d users of one writer: %w", name, maxOpenings, region.ErrNotPermitted)
+			}
+			l.openings[o.ID] = o.N
 		}
 		l.conns++
 	}
-	return &Grant{l: l, writer: writer, epoch: l.epoch}, nil
+	return &Grant{l: l, writer: writer, opening: o, epoch: l.epoch}, nil
 }
 
 // Epoch counts the writers up to the one of this Grant. A nil Grant has 0.
@@ -122,16 +168,22 @@ func (g *Grant) Begin() (end func(), err error) {
 	g.l.writing.RLock()
 	g.l.mu.Lock()
 	other := g.l.writer != g.writer && (g.writer != "" || g.l.conns > 0)
+	late := !other && g.opening.ID != "" && g.l.openings[g.opening.ID] > g.opening.N
 	epoch := g.l.epoch
-	if !other {
+	if !other && !late {
 		g.count()
 	}
 	g.l.mu.Unlock()
-	if other {
-		g.l.writing.RUnlock()
-		return nil, fmt.Errorf("another host has the lease to write, number %d: %w", epoch, region.ErrNotPermitted)
+	switch {
+	case other:
+		err = fmt.Errorf("another host has the lease to write, number %d: %w", epoch, region.ErrNotPermitted)
+	case late:
+		err = fmt.Errorf("a write of an earlier opening of the region, which was opened again since: %w", region.ErrNotPermitted)
+	default:
+		return g.done, nil
 	}
-	return g.done, nil
+	g.l.writing.RUnlock()
+	return nil, err
 }
 
 func (g *Grant) done() {

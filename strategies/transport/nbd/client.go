@@ -92,7 +92,7 @@ func (t *Transport) open(ctx context.Context, d transport.Dialer, o transport.Op
 					return nil
 				}
 			}
-			if links[i], exports[i], err = t.negotiate(ctx, nc, o.Name, o.Writer, false, optGo); err != nil {
+			if links[i], exports[i], err = t.negotiate(ctx, nc, o.Name, transport.WriterOf(ctx, o), false, optGo); err != nil {
 				nc.Close()
 				if auto && i > 0 {
 					links[i] = nil

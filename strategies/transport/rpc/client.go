@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -120,7 +122,7 @@ func Open(ctx context.Context, o transport.Options, set Settings, dial func(cont
 			if c.conns[i], err = dial(ctx); err != nil {
 				return err
 			}
-			if err = c.conns[i].Call(ctx, &Request{Op: OpOpen, Name: o.Name, Writer: o.Writer}, &replies[i]); err != nil {
+			if err = c.conns[i].Call(ctx, &Request{Op: OpOpen, Name: o.Name, Writer: transport.WriterOf(ctx, o)}, &replies[i]); err != nil {
 				return err
 			}
 			return replies[i].Err()
@@ -256,10 +258,14 @@ func (c *Client) transfer(ctx context.Context, op Op, p []byte, off int64) error
 	}
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(maxParallel)
+	with := gctx
+	if op == OpWrite {
+		with = ctx // parts under way are not given up where one fails: they would be written later
+	}
 	for len(p) > 0 && gctx.Err() == nil {
 		part := p[:min(piece, int64(len(p)))]
 		at := off
-		g.Go(func() error { return c.one(gctx, class, op, part, at) })
+		g.Go(func() error { return c.one(with, class, op, part, at) })
 		p, off = p[len(part):], off+int64(len(part))
 	}
 	if err := g.Wait(); err != nil {
@@ -366,11 +372,21 @@ func (c *Client) Close() error {
 	for i, conn := range c.conns {
 		wg.Go(func() {
 			// The polite end of a connection that is broken already is no error.
-			if err := conn.Close(); err != nil && !errors.Is(err, region.ErrPeerGone) && !errors.Is(err, net.ErrClosed) {
+			if err := conn.Close(); err != nil && !broken(err) {
 				errs[i] = err
 			}
 		})
 	}
 	wg.Wait()
 	return errors.Join(errs...)
+}
+
+// broken reports whether err is of a connection that its other end has left.
+func broken(err error) bool {
+	for _, e := range []error{region.ErrPeerGone, net.ErrClosed, io.ErrClosedPipe, syscall.EPIPE, syscall.ECONNRESET, syscall.ETIMEDOUT} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
