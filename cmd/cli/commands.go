@@ -9,6 +9,7 @@ import (
 	"memsync/scenarios/lab"
 	"memsync/scenarios/mount"
 	"memsync/scenarios/role"
+	"memsync/scenarios/torture"
 	"memsync/strategies/snapshot"
 )
 
@@ -16,7 +17,7 @@ import (
 func commands(s *state) []*cobra.Command {
 	return []*cobra.Command{
 		newListCmd(s), newMeasureCmd(s), newRunCmd(s), newPlotCmd(s), newCompareCmd(s), newMergeCmd(s), newClaimsCmd(s), newReportCmd(s), newPaperCmd(s), newRecommendCmd(s), newCleanCmd(s),
-		newDoctorCmd(s), newLabCmd(s), newServeCmd(s), newMountCmd(s), newStatusCmd(s), newCertsCmd(s), newSnapshotCmd(s),
+		newDoctorCmd(s), newLabCmd(s), newServeCmd(s), newMountCmd(s), newStatusCmd(s), newCertsCmd(s), newSnapshotCmd(s), newTortureCmd(s),
 	}
 }
 
@@ -36,6 +37,9 @@ func (p Program) hidden(args []string) (code int, ok bool) {
 			return exitFailed, true
 		}
 		return exitOK, true
+	}
+	if len(args) > 0 && args[0] == torture.Child {
+		return torture.RunChild(p.Strategies), true
 	}
 	return lab.Main(args)
 }
