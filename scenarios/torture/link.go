@@ -25,8 +25,6 @@ type link struct {
 	cutIn   [2]int64      // bytes until a cut in the middle of a message; 0 is never. [0] is from the near end to the far one
 	half    time.Duration // of that cut: how much later the far end learns of it
 	flip    [2]int        // pieces to come of which a bit is flipped
-
-	cuts, flips int64 // that came about
 }
 
 // pair is a connection through the link.
@@ -147,7 +145,6 @@ func (l *link) damage(way int, data []byte) (_ []byte, cut bool) {
 	defer l.mu.Unlock()
 	if l.flip[way] > 0 {
 		l.flip[way]--
-		l.flips++
 		data[len(data)/2] ^= 1 << (len(data) % 8)
 	}
 	if l.cutIn[way] > 0 {
@@ -177,9 +174,6 @@ func (l *link) passable() {
 // the link holds in the direction of the far end still gets there meanwhile.
 func (l *link) cutPair(p *pair, half time.Duration) {
 	p.once.Do(func() {
-		l.mu.Lock()
-		l.cuts++
-		l.mu.Unlock()
 		_ = p.near.Close()
 		if half <= 0 {
 			_ = p.far.Close()
@@ -257,11 +251,4 @@ func (l *link) heal() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.refused, l.cutIn, l.flip = false, [2]int64{}, [2]int{}
-}
-
-// counts says how many connections were cut and how many pieces were corrupted.
-func (l *link) counts() (cuts, flips int64) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.cuts, l.flips
 }

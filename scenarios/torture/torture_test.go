@@ -90,7 +90,6 @@ type liar struct {
 	b       []byte
 	flaw    string
 	writes  int
-	stop    chan struct{}
 	durable []byte
 }
 
