@@ -223,13 +223,16 @@ func copied(c *tls.ClientSessionState) (*tls.ClientSessionState, error) {
 
 // listener is a UDP socket that answers.
 type listener struct {
-	udp   *net.UDPConn
-	tr    *quic.Transport
-	l     *quic.EarlyListener
-	ctx   context.Context
-	stop  context.CancelFunc
-	conns sync.WaitGroup
-	once  sync.Once
+	udp  *net.UDPConn
+	tr   *quic.Transport
+	l    *quic.EarlyListener
+	ctx  context.Context
+	stop context.CancelFunc
+	once sync.Once
+
+	mu     sync.Mutex
+	conns  int // that were accepted and not closed yet
+	closed bool
 }
 
 // Listen implements transport.Network.
@@ -265,8 +268,31 @@ func (l *listener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", net.ErrClosed, err)
 	}
-	l.conns.Add(1)
-	return &Conn{q: q, closed: l.conns.Done}, nil
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed { // the socket may be gone already
+		return nil, errors.Join(net.ErrClosed, q.CloseWithError(0, ""))
+	}
+	l.conns++
+	return &Conn{q: q, closed: l.left}, nil
+}
+
+// left notes that a connection is closed.
+func (l *listener) left() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.conns--
+	l.release()
+}
+
+// release closes the socket once nobody needs it. l.mu is held.
+func (l *listener) release() {
+	if l.closed && l.conns == 0 {
+		go func() {
+			_ = l.tr.Close()
+			_ = l.udp.Close()
+		}()
+	}
 }
 
 // Close implements net.Listener. The socket goes with the last connection.
@@ -274,11 +300,10 @@ func (l *listener) Close() error {
 	l.once.Do(func() {
 		l.stop()
 		_ = l.l.Close()
-		go func() {
-			l.conns.Wait()
-			_ = l.tr.Close()
-			_ = l.udp.Close()
-		}()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.closed = true
+		l.release()
 	})
 	return nil
 }
