@@ -292,6 +292,7 @@ func (m *migrated) judge() error {
 	if h.Promised > 0 {
 		v["downtime_foreseen"] = seconds(h.Promised)
 	}
+	v["postponed"], v["throttle_rate"] = seconds(h.Postponed), float64(h.Throttled)
 	v["downtime_unmet"] = 0
 	if h.Unmet != "" {
 		v["downtime_unmet"] = 1

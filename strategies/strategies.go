@@ -327,6 +327,12 @@ type Hooks struct {
 	Resume func(context.Context) error
 	// Abort, at the destination: the migration did not come about.
 	Abort func(context.Context) error
+	// Quiet, at the source: it waits at most within for a point at which the application
+	// writes little for a while and does not mind to be stopped, and says whether there is one.
+	Quiet func(ctx context.Context, within time.Duration) (bool, error)
+	// Throttle, at the source: from now on the application stores at most so many bytes a
+	// second; 0 is as many as it likes, as at first.
+	Throttle func(ctx context.Context, rate int64) error
 }
 
 // Seeder is what a Publication may also be: one whose region a destination can take over.
@@ -366,7 +372,11 @@ type Handover struct {
 	BulkTime                  int64 // in which they were pulled, ns
 	// Promised is the downtime that was foreseen, ns; 0 where it was not asked for.
 	Promised int64
-	Unmet    string `json:",omitempty"` // why max_downtime could not be kept to; empty where it could
+	Unmet    string `json:",omitempty"` // why max_downtime could not be kept to, or no quiet phase found; empty where it could
+	// Postponed is how long the application was left alone for a quiet phase, ns.
+	Postponed int64
+	// Throttled is the lowest rate that the application was held down to, B/s; 0 is never.
+	Throttled int64
 	// Local is when so many bytes were here, ascending.
 	Local []LocalAt `json:",omitempty"`
 }

@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -73,7 +74,17 @@ func (k AppWork) due(d time.Duration) int64 {
 		return int64(d.Seconds() * perSecond)
 	}
 	whole := d.Truncate(time.Second)
-	return int64(perSecond * (whole.Seconds() + min(5*(d-whole).Seconds(), 1)))
+	return int64(perSecond * (whole.Seconds() + min(float64(d-whole)/float64(burstTime), 1)))
+}
+
+// burstTime is the part of each second in which the writer of bursts writes.
+const burstTime = time.Second / 5
+
+// quiet says whether, so long after its start, the application has a while in which it does not
+// write: it announces that in the first half of the pause between two bursts.
+func (k AppWork) quiet(d time.Duration) bool {
+	in := d % time.Second
+	return k.Writer == "burst" && in > burstTime+maxLag && in < (burstTime+time.Second)/2
 }
 
 // appBin is the unit of time in which writes are counted.
@@ -109,6 +120,8 @@ type app struct {
 		Sync() error
 	}
 
+	throttle atomic.Int64 // most bytes to write in a second; 0 is no limit
+
 	mu      sync.Mutex
 	stop    context.CancelFunc // of the loop; nil where it does not run
 	stopped chan struct{}      // closed when the loop has ended
@@ -138,7 +151,36 @@ func (w *workload) newApp(_ context.Context, k AppWork) (none, error) {
 	return none{}, nil
 }
 
-// appHooks gives a socket to control the application: suspend, flush, resume, each once at a time.
+// quietArgs says how long to wait for a quiet point, ns.
+type quietArgs struct {
+	Within time.Duration `json:"within"`
+}
+
+// throttleArgs is the most that the application may write in a second, bytes; 0 is no limit.
+type throttleArgs struct {
+	Rate int64 `json:"rate"`
+}
+
+// quiet waits for a quiet point.
+func (a *app) quiet(ctx context.Context, q quietArgs) (quiet bool, err error) {
+	for until := time.Now().Add(q.Within); ; {
+		a.mu.Lock()
+		runs, began := a.stop != nil, a.report.Began
+		a.mu.Unlock()
+		if !runs || a.work.quiet(time.Duration(monotonic()-began)) {
+			return true, nil
+		}
+		if time.Now().After(until) {
+			return false, nil
+		}
+		if err := ctx.Err(); err != nil {
+			return false, err
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// appHooks gives a socket to control the application: suspend, flush, resume, quiet, throttle, each once at a time.
 func (w *workload) appHooks(_ context.Context, _ json.RawMessage, files []*os.File) (any, []*os.File, error) {
 	closeAll(files)
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -154,6 +196,11 @@ func (w *workload) appHooks(_ context.Context, _ json.RawMessage, files []*os.Fi
 		"suspend": on(func(ctx context.Context, _ none) (none, error) { _, err := w.app.suspend(ctx); return none{}, err }),
 		"flush":   on(func(context.Context, none) (none, error) { return none{}, w.view.Sync() }),
 		"resume":  on(func(context.Context, none) (none, error) { return none{}, w.app.start(true) }),
+		"quiet":   on(func(ctx context.Context, q quietArgs) (bool, error) { return w.app.quiet(ctx, q) }),
+		"throttle": on(func(_ context.Context, t throttleArgs) (none, error) {
+			w.app.throttle.Store(t.Rate)
+			return none{}, nil
+		}),
 	}
 	go func() { _ = c.serve(ops) }() // ends with this process or its other end
 	w.passed = theirs
@@ -167,15 +214,22 @@ func hooksOver(f *os.File) (strategies.Hooks, *Conn, error) {
 		return strategies.Hooks{}, nil, err
 	}
 	var mu sync.Mutex
-	call := func(op string) func(context.Context) error {
-		return func(ctx context.Context) error {
-			mu.Lock()
-			defer mu.Unlock()
-			_, err := c.Call(ctx, op, none{}, nil)
-			return err
-		}
+	ask := func(ctx context.Context, op string, body, reply any) error {
+		mu.Lock()
+		defer mu.Unlock()
+		_, err := c.Call(ctx, op, body, reply)
+		return err
 	}
-	return strategies.Hooks{Suspend: call("suspend"), Flush: call("flush"), Resume: call("resume")}, c, nil
+	call := func(op string) func(context.Context) error {
+		return func(ctx context.Context) error { return ask(ctx, op, none{}, nil) }
+	}
+	return strategies.Hooks{Suspend: call("suspend"), Flush: call("flush"), Resume: call("resume"),
+		Quiet: func(ctx context.Context, within time.Duration) (quiet bool, err error) {
+			err = ask(ctx, "quiet", quietArgs{within}, &quiet)
+			return quiet, err
+		},
+		Throttle: func(ctx context.Context, rate int64) error { return ask(ctx, "throttle", throttleArgs{rate}, nil) },
+	}, c, nil
 }
 
 // start lets the application write. resume: it takes up what the region says.
@@ -247,7 +301,8 @@ func (a *app) loop(ctx context.Context, r *AppReport, resume bool) error {
 	now := func() int64 { return began + int64(time.Since(origin)) }
 	r.Began = began
 	lag := int64(float64(k.Rate) / float64(k.record()) * maxLag.Seconds())
-	var skipped int64 // writes that are not made up for
+	var skipped int64      // writes that are not made up for
+	var last, barred int64 // due at the last turn; due writes that a throttle takes away
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for ctx.Err() == nil {
@@ -256,6 +311,12 @@ func (a *app) loop(ctx context.Context, r *AppReport, resume bool) error {
 			due = 1
 		}
 		r.Due = due
+		if limit := a.throttle.Load(); limit > 0 && limit < k.Rate && due > last {
+			kept := int64(float64(due)*float64(limit)/float64(k.Rate)) - int64(float64(last)*float64(limit)/float64(k.Rate))
+			barred += due - last - kept
+		}
+		last = due
+		due -= barred
 		if late := due - skipped - r.Writes; late > max(lag, 1) {
 			skipped += late - max(lag, 1)
 		}

@@ -79,6 +79,8 @@ type leecher struct {
 	wg     sync.WaitGroup
 
 	looking    sync.Mutex    // one round at a time
+	looked     time.Time     // when the last one was answered (looking)
+	cycle      cycle         // what they said (looking)
 	open       chan struct{} // closed once accesses may go ahead: what is local is right
 	openOnce   sync.Once
 	background context.CancelFunc // of rounds
@@ -97,8 +99,10 @@ type leecher struct {
 	err     error // of the rounds, which nobody waits for
 
 	round    atomic.Uint64 // the last one that was answered
+	throttle atomic.Int64  // what the application is held down to, B/s; 0 is no limit
 	dirtied  atomic.Int64  // chunks that became stale, each time
 	bulkFrom time.Time
+	bulkRate float64 // B/s, once the share that was asked for is here (Finalize)
 	closing  sync.Once
 	closeErr error
 }
@@ -181,6 +185,7 @@ func (c *control) once(ctx context.Context, r request) (reply, error) {
 // openLeecher connects and begins to track and, where the mode says so, to pull.
 func openLeecher(ctx context.Context, openRegion, openControl func(ctx context.Context) (region.Store, error), o leecherOptions) (_ *leecher, err error) {
 	l := &leecher{o: o, open: make(chan struct{}), ctrl: &control{open: openControl, lock: make(chan struct{}, 1)}}
+	l.cycle.step = o.interval
 	l.ctx, l.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	l.background = func() {}
 	defer func() {
@@ -365,7 +370,7 @@ func (l *leecher) rounds(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		if err := l.look(ctx); err != nil {
+		if _, err := l.look(ctx, 0); err != nil {
 			l.mu.Lock()
 			if ctx.Err() == nil {
 				l.err = err
@@ -376,32 +381,40 @@ func (l *leecher) rounds(ctx context.Context) {
 	}
 }
 
-// look makes one round.
-func (l *leecher) look(ctx context.Context) error {
+// look makes one round. With a wait the source answers at a quiet point of its
+// application, or when the wait is over; look says whether it is at one.
+func (l *leecher) look(ctx context.Context, wait time.Duration) (quiet bool, err error) {
 	l.looking.Lock()
 	defer l.looking.Unlock()
 	m := l.state()
 	next := l.round.Load() + 1
-	r := request{Request: handover.Request{Verb: verbRound, From: m.ID, Epoch: m.Epoch}, Session: l.session, Round: next, Size: l.size}
+	r := request{Request: handover.Request{Verb: verbRound, From: m.ID, Epoch: m.Epoch}, Session: l.session, Round: next, Size: l.size,
+		Wait: int64(wait), Throttle: l.throttle.Load()}
 	begun := time.Now()
 	out, err := l.ctrl.call(ctx, r, l.o.patience)
 	if err != nil {
-		return err
+		return false, err
 	}
-	if len(out.Dirty) < firstRead/2 {
+	if len(out.Dirty) < firstRead/2 && wait == 0 {
 		l.observe(time.Since(begun))
 	}
 	if out.Round != next {
-		return fmt.Errorf("asked for round %d, got %d: %w", next, out.Round, region.ErrMismatch)
+		return false, fmt.Errorf("asked for round %d, got %d: %w", next, out.Round, region.ErrMismatch)
 	}
-	if _, err := l.written(out.Dirty); err != nil {
-		return err
+	n, err := l.written(out.Dirty)
+	if err != nil {
+		return false, err
 	}
+	now := time.Now()
+	if !l.looked.IsZero() { // the first says what was written since tracking began
+		l.cycle.add(now, now.Sub(l.looked), n)
+	}
+	l.looked = now
 	l.round.Store(next)
 	l.mu.Lock()
 	l.h.Rounds++
 	l.mu.Unlock()
-	return nil
+	return out.Quiet, nil
 }
 
 // written notes which chunks are out of date by a set of pages, and returns how many bytes
@@ -710,7 +723,7 @@ func (l *leecher) stop(ctx context.Context) error {
 	l.mu.Unlock()
 	if l.o.mode.bulk() {
 		// So that Finalize has little to say.
-		if err := l.look(ctx); err != nil {
+		if _, err := l.look(ctx, 0); err != nil {
 			return err
 		}
 	}

@@ -43,10 +43,11 @@ const regionName = "region"
 func params() []param.Spec {
 	return []param.Spec{
 		{Name: "mode", Kind: param.KindEnum, Default: string(Hybrid), Values: Modes(), Doc: "what is pulled before the application stops, and what after"},
-		{Name: "finalize", Kind: param.KindEnum, Default: policyPercent, Values: []string{policyPercent, policyAdaptive}, Doc: "when to stop the application: a share of the region is here, or the downtime that is foreseen is within max_downtime"},
-		{Name: "finalize_at", Kind: param.KindFloat, Default: "1", Doc: "of the region, 0 to 1, that must have been pulled, for finalize=percent"},
+		{Name: "finalize", Kind: param.KindEnum, Default: policyPercent, Values: []string{policyPercent, policyAdaptive, policyCycle, policyQuiet}, Doc: "when to stop the application: a share of the region is here, the downtime that is foreseen is within max_downtime, or that share is here and a quiet phase is foreseen from what it wrote (cycle) or announced by it (quiet)"},
+		{Name: "finalize_at", Kind: param.KindFloat, Default: "1", Doc: "of the region, 0 to 1, that must have been pulled, but for finalize=adaptive, which wants all"},
 		{Name: "max_downtime", Kind: param.KindDuration, Default: "300ms", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "what finalize=adaptive aims at"},
-		{Name: "unmet", Kind: param.KindEnum, Default: "finalize", Values: []string{"finalize", "abort"}, Doc: "what finalize=adaptive does where max_downtime cannot be met"},
+		{Name: "unmet", Kind: param.KindEnum, Default: "finalize", Values: []string{unmetFinalize, unmetAbort, unmetThrottle}, Doc: "where max_downtime cannot be met, or no quiet phase comes: take over all the same, give up, or (finalize=adaptive with mode=pre-copy) slow the application down until it can"},
+		{Name: "quiet_wait", Kind: param.KindDuration, Default: "10s", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "how long finalize=cycle and finalize=quiet postpone"},
 		{Name: "interval", Kind: param.KindDuration, Default: "100ms", Min: int64(time.Millisecond), Max: int64(time.Hour), Doc: "between two looks for dirty pages"},
 		{Name: "extent", Kind: param.KindSize, Default: "512KiB", Min: 4096, Max: 32 << 20, Doc: "most bytes in one request"},
 		{Name: "fault_around", Kind: param.KindSize, Default: "64KiB", Min: 4096, Max: 2 << 20, Doc: "bytes that a fault pulls, an aligned block"},
@@ -334,11 +335,14 @@ func (Strategy) Mount(ctx context.Context, r strategies.Remote, o strategies.Opt
 	}
 	lo := leecherOptions{mode: Mode(p.Text("mode")), device: o.Device, chunk: o.Chunk, extent: p.Size("extent"), workers: o.PullWorkers,
 		around: p.Size("fault_around"), interval: p.Duration("interval"), patience: p.Duration("patience"),
-		policy: policy{p.Text("finalize"), p.Float("finalize_at"), p.Duration("max_downtime"), p.Text("unmet") == "abort"},
+		policy: policy{p.Text("finalize"), p.Float("finalize_at"), p.Duration("max_downtime"), p.Duration("quiet_wait"), p.Text("unmet")},
 		dev:    device.Options{Dir: o.Dir, ReadOnly: o.ReadOnly, Params: p},
 		params: uffd.MemoryOptions{Chunk: o.Chunk, ReadOnly: true, Evicts: true, Params: p}}
 	if dir := p.Text("journal"); dir != "" {
 		lo.journal = dir + "/destination.json"
+	}
+	if pl := lo.policy; pl.unmet == unmetThrottle && (pl.kind != policyAdaptive || lo.mode != PreCopy) {
+		return nil, fmt.Errorf("unmet=throttle: want finalize=adaptive and mode=pre-copy, in which what is left gets less while the application is slow: %w", region.ErrNotSupported)
 	}
 	if lo.around&(lo.around-1) != 0 {
 		return nil, fmt.Errorf("fault_around %d: want a power of two: %w", lo.around, region.ErrOutOfRange)

@@ -47,6 +47,8 @@ type writer struct {
 	suspends, resumes atomic.Int64
 	refuse            atomic.Bool
 	hang              atomic.Bool
+	quiet             chan struct{} // closed: it is at a quiet point
+	limit, limits     atomic.Int64  // what it is throttled to, and how often that was said
 }
 
 func newWriter(t *testing.T, size int64, s uint64) *writer {
@@ -55,7 +57,7 @@ func newWriter(t *testing.T, size int64, s uint64) *writer {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { m.Close() })
-	w := &writer{mem: m, bytes: make([]byte, size), dirty: chunk.NewSet(region.Chunks(size, 4096)), r: rand.New(rand.NewPCG(s, 1))}
+	w := &writer{mem: m, bytes: make([]byte, size), dirty: chunk.NewSet(region.Chunks(size, 4096)), r: rand.New(rand.NewPCG(s, 1)), quiet: make(chan struct{})}
 	region.Content{Seed: s}.Fill(w.bytes, 0)
 	if err := m.WriteAt(t.Context(), w.bytes, 0); err != nil {
 		t.Fatal(err)
@@ -113,6 +115,17 @@ func (w *writer) hooks() strategies.Hooks {
 			return nil
 		},
 		Resume: func(context.Context) error { w.resumes.Add(1); w.run.Store(true); return nil },
+		Quiet: func(ctx context.Context, within time.Duration) (bool, error) {
+			select {
+			case <-w.quiet:
+				return true, nil
+			case <-time.After(within):
+				return false, nil
+			case <-ctx.Done():
+				return false, ctx.Err()
+			}
+		},
+		Throttle: func(_ context.Context, rate int64) error { w.limit.Store(rate); w.limits.Add(1); return nil },
 	}
 }
 
@@ -520,7 +533,7 @@ func TestAdaptive(t *testing.T) {
 	stop := w.start(10 * time.Microsecond)
 	defer stop()
 	o := testOptions(t, PreCopy)
-	o.policy = policy{kind: policyAdaptive, maxDowntime: time.Nanosecond, abort: true}
+	o.policy = policy{kind: policyAdaptive, maxDowntime: time.Nanosecond, unmet: unmetAbort}
 	l := newLeecher(t, newLink(t, src), o)
 	h, err := l.Finalize(t.Context(), strategies.Hooks{})
 	if !errors.Is(err, region.ErrNotPermitted) || h.Unmet == "" || w.suspends.Load() != 0 {
@@ -534,4 +547,119 @@ func TestAdaptive(t *testing.T) {
 		t.Errorf("10 s: %v, %+v", err, h)
 	}
 	check(t, l, w.bytes)
+}
+
+// TestQuiet: the application is stopped at the point that it announces, not before; where
+// none comes it is stopped all the same, or not, as asked for.
+func TestQuiet(t *testing.T) {
+	w := newWriter(t, testSize, 7)
+	src := newSeeder(t, w, SeederOptions{Silence: time.Second})
+	stop := w.start(time.Millisecond)
+	defer stop()
+	o := testOptions(t, Hybrid)
+	o.policy = policy{kind: policyQuiet, share: 1, quietWait: 50 * time.Millisecond, unmet: unmetAbort}
+	l := newLeecher(t, newLink(t, src), o)
+	h, err := l.Finalize(t.Context(), strategies.Hooks{})
+	if !errors.Is(err, region.ErrNotPermitted) || h.Unmet == "" || w.suspends.Load() != 0 {
+		t.Errorf("none is announced: %v, %q, suspended %d times", err, h.Unmet, w.suspends.Load())
+	}
+	o.policy = policy{kind: policyQuiet, share: 1, quietWait: time.Minute}
+	o.dev.Dir = t.TempDir()
+	l = newLeecher(t, newLink(t, src), o)
+	done := make(chan error, 1)
+	go func() {
+		h, err = l.Finalize(t.Context(), strategies.Hooks{})
+		done <- err
+	}()
+	select { // longer than a destination may be silent
+	case err := <-done:
+		t.Fatalf("finalised before a quiet point: %v", err)
+	case <-time.After(1500 * time.Millisecond):
+	}
+	if w.suspends.Load() != 0 {
+		t.Error("suspended before a quiet point")
+	}
+	close(w.quiet)
+	if err := <-done; err != nil || h.Unmet != "" || h.Postponed < int64(time.Second) {
+		t.Fatalf("%v, %q, postponed by %v", err, h.Unmet, time.Duration(h.Postponed))
+	}
+	check(t, l, w.bytes)
+}
+
+// TestCycle: the application is stopped between two bursts of its stores.
+func TestCycle(t *testing.T) {
+	w := newWriter(t, testSize, 8)
+	src := newSeeder(t, w, SeederOptions{})
+	var busy atomic.Bool
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() {
+		for begun := time.Now(); ctx.Err() == nil; time.Sleep(200 * time.Microsecond) {
+			b := time.Since(begun)%(500*time.Millisecond) < 200*time.Millisecond
+			if busy.Store(b); b {
+				w.store()
+			}
+		}
+	})
+	o := testOptions(t, Hybrid)
+	o.interval = 20 * time.Millisecond
+	o.policy = policy{kind: policyCycle, share: 1, quietWait: time.Minute}
+	l := newLeecher(t, newLink(t, src), o)
+	h, err := l.Finalize(t.Context(), strategies.Hooks{})
+	if err != nil || h.Unmet != "" || h.Postponed == 0 {
+		t.Fatalf("%v, %q, postponed by %v", err, h.Unmet, time.Duration(h.Postponed))
+	}
+	t.Logf("postponed by %v; busy then: %t", time.Duration(h.Postponed), busy.Load())
+	check(t, l, w.bytes)
+}
+
+// TestThrottle: an application that writes too fast is slowed down until the downtime that is asked
+// for can be had, and let go again where the destination goes away.
+func TestThrottle(t *testing.T) {
+	w := newWriter(t, testSize, 9)
+	src := newSeeder(t, w, SeederOptions{})
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	wg.Go(func() {
+		for ctx.Err() == nil {
+			w.store()
+			if w.limit.Load() > 0 { // a slow application
+				time.Sleep(time.Millisecond)
+			}
+		}
+	})
+	o := testOptions(t, PreCopy)
+	// Nothing can be had in a nanosecond: it is slowed down as far as it goes.
+	o.policy = policy{kind: policyAdaptive, maxDowntime: time.Nanosecond, unmet: unmetThrottle}
+	l := newLeecher(t, newLink(t, src), o)
+	h, err := l.Finalize(t.Context(), strategies.Hooks{Prepare: func(context.Context) error { return nil }})
+	if err != nil || h.Unmet == "" || h.Throttled == 0 || w.limits.Load() < 2 {
+		t.Fatalf("%v, %q, throttled to %d in %d steps", err, h.Unmet, h.Throttled, w.limits.Load())
+	}
+	check(t, l, w.bytes)
+
+	// A destination that gives up lets it go on as before.
+	w = newWriter(t, testSize, 10)
+	src = newSeeder(t, w, SeederOptions{})
+	o.dev.Dir = t.TempDir()
+	l = newLeecher(t, newLink(t, src), o)
+	if err := l.until(t.Context(), testSize); err != nil {
+		t.Fatal(err)
+	}
+	l.throttle.Store(1000)
+	if _, err := l.look(t.Context(), 0); err != nil || w.limit.Load() != 1000 {
+		t.Fatalf("a round: %v, the limit is %d", err, w.limit.Load())
+	}
+	if err := l.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for until := time.Now().Add(20 * time.Second); w.limit.Load() != 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(until) {
+			t.Fatal("the application is still throttled")
+		}
+	}
 }

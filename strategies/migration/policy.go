@@ -11,17 +11,28 @@ import (
 
 // policy says when to finalise.
 type policy struct {
-	kind  string  // percent or adaptive
-	share float64 // percent: of the region that must be here
+	kind  string  // one of those below
+	share float64 // of the region that must be here first; adaptive wants all of it
 	// maxDowntime is what adaptive aims at.
 	maxDowntime time.Duration
-	abort       bool // adaptive: rather give up than exceed it
+	// quietWait is how long cycle and quiet postpone.
+	quietWait time.Duration
+	unmet     string // what to do where what was aimed at cannot be had
 }
 
 // Names of policies.
 const (
 	policyPercent  = "percent"
 	policyAdaptive = "adaptive"
+	policyCycle    = "cycle" // in a quiet phase, as package cycle foresees it
+	policyQuiet    = "quiet" // at a quiet point that the application announces
+)
+
+// What to do where a policy's aim cannot be had.
+const (
+	unmetFinalize = "finalize"
+	unmetAbort    = "abort"
+	unmetThrottle = "throttle" // adaptive: slow the application down
 )
 
 // wait returns when it is time to finalise.
@@ -31,16 +42,97 @@ func (l *leecher) wait(ctx context.Context) error {
 	}
 	p := l.o.policy
 	share := 1.0
-	if p.kind == policyPercent {
+	if p.kind != policyAdaptive {
 		share = p.share
 	}
 	if err := l.until(ctx, int64(share*float64(l.size))); err != nil {
 		return err
 	}
+	l.bulkRate = l.rate() // while one waits nothing comes
+	if p.kind == policyCycle || p.kind == policyQuiet {
+		if err := l.postpone(ctx); err != nil {
+			return err
+		}
+	}
 	if p.kind != policyAdaptive && (l.o.mode != PreCopy || share < 1) {
 		return nil
 	}
 	return l.converge(ctx)
+}
+
+// postpone returns in a quiet phase of the application, or when quietWait is over.
+func (l *leecher) postpone(ctx context.Context) error {
+	begun := time.Now()
+	defer func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.h.Postponed = int64(time.Since(begun))
+	}()
+	now := l.announced
+	if l.o.policy.kind == policyCycle {
+		now = l.foreseenQuiet
+	}
+	for {
+		left := time.Until(begun.Add(l.o.policy.quietWait))
+		if left <= 0 {
+			return l.miss(l.foreseen(), fmt.Sprintf("no quiet phase of the application within quiet_wait=%v", l.o.policy.quietWait))
+		}
+		if ok, err := now(ctx, left); ok || err != nil {
+			return err
+		}
+	}
+}
+
+// announced waits for a quiet point that the application announces.
+func (l *leecher) announced(ctx context.Context, left time.Duration) (bool, error) {
+	return l.look(ctx, min(left, l.o.patience/4))
+}
+
+// foreseenQuiet waits for one more round, and judges by all of them.
+func (l *leecher) foreseenQuiet(ctx context.Context, left time.Duration) (bool, error) {
+	horizon := l.trips() // hybrid: what is left comes afterwards
+	if l.o.mode.strict() {
+		horizon = l.foreseen()
+	}
+	l.looking.Lock()
+	v, _ := l.cycle.judge(time.Now(), horizon)
+	l.looking.Unlock()
+	if v == favourable || v == steady {
+		return true, nil
+	}
+	select {
+	case <-time.After(min(left, l.o.interval)):
+		return false, l.roundErr()
+	case <-ctx.Done():
+		return false, context.Cause(ctx)
+	}
+}
+
+// miss notes that a policy's aim cannot be had, and why, and gives up where that was asked for.
+func (l *leecher) miss(foreseen time.Duration, why string) error {
+	l.promise(foreseen, why)
+	if l.o.policy.unmet == unmetAbort {
+		return fmt.Errorf("%s: %w", why, region.ErrNotPermitted)
+	}
+	return nil
+}
+
+// slower has the application store half of what the link can take, then half of that. It
+// says false at the lowest rate.
+func (l *leecher) slower() bool {
+	const least = 1.0 / 64 // of the link
+	rate := l.rate() / 2
+	if now := l.throttle.Load(); now > 0 {
+		rate = float64(now) / 2
+	}
+	if rate < max(l.rate()*least, 1) {
+		return false
+	}
+	l.throttle.Store(int64(rate))
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.h.Throttled = int64(rate)
+	return true
 }
 
 // until returns when so many bytes were pulled once.
@@ -75,21 +167,26 @@ func (l *leecher) roundErr() error {
 
 // rate is how fast the bulk came, B/s.
 func (l *leecher) rate() float64 {
+	if l.bulkRate > 0 {
+		return l.bulkRate
+	}
 	s := l.syncer.Stats()
-	return float64(s.PrefetchBytes+s.DemandBytes) / max(time.Since(l.bulkFrom).Seconds(), 1e-3)
+	return max(float64(s.PrefetchBytes+s.DemandBytes), 1) / max(time.Since(l.bulkFrom).Seconds(), 1e-3)
 }
 
 // foreseen estimates the downtime of a hand-over now.
 func (l *leecher) foreseen() time.Duration {
+	return l.trips() + time.Duration(float64(l.stale.Count()*l.o.chunk)/l.rate()*1e9)
+}
+
+// trips is what the messages of a hand-over take.
+func (l *leecher) trips() time.Duration {
 	l.mu.Lock()
-	rtt := l.rtt
-	l.mu.Unlock()
-	need := float64(l.stale.Count() * l.o.chunk)
-	trips := 3 * rtt / 2 // the answer of Finalize, then Commit beside the first pulls
+	defer l.mu.Unlock()
 	if l.o.mode.strict() {
-		trips = 5 * rtt / 2
+		return 5 * l.rtt / 2
 	}
-	return trips + time.Duration(need/l.rate()*1e9)
+	return 3 * l.rtt / 2 // the answer of Finalize, then Commit beside the first pulls
 }
 
 // converge makes pre-copy's further rounds until little is left or they do not get
@@ -99,7 +196,7 @@ func (l *leecher) converge(ctx context.Context) error {
 	const stubborn = 3 // rounds in a row that leave hardly less
 	last, same := int64(1)<<62, 0
 	for {
-		if err := l.look(ctx); err != nil && l.roundErr() == nil {
+		if _, err := l.look(ctx, 0); err != nil && l.roundErr() == nil {
 			return err
 		}
 		est := l.foreseen()
@@ -115,16 +212,15 @@ func (l *leecher) converge(ctx context.Context) error {
 		default:
 			same = 0
 		}
-		if same >= stubborn {
-			if p.kind != policyAdaptive {
-				return nil
-			}
-			why := fmt.Sprintf("%d bytes are left at %.3g MB/s and do not get fewer: the downtime would be about %v, more than max_downtime=%v", left, l.rate()/1e6, est.Round(time.Millisecond), p.maxDowntime)
-			l.promise(est, why)
-			if p.abort {
-				return fmt.Errorf("%s: %w", why, region.ErrNotPermitted)
-			}
+		if same >= stubborn && p.kind != policyAdaptive {
 			return nil
+		}
+		if same >= stubborn && p.unmet == unmetThrottle && l.slower() {
+			same = 0
+		}
+		if same >= stubborn {
+			why := fmt.Sprintf("%d bytes are left at %.3g MB/s and do not get fewer: the downtime would be about %v, more than max_downtime=%v", left, l.rate()/1e6, est.Round(time.Millisecond), p.maxDowntime)
+			return l.miss(est, why)
 		}
 		last = left
 		if err := l.drain(ctx); err != nil {

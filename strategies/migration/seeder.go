@@ -64,6 +64,10 @@ type Seeder struct {
 	saved   []byte     // the set of round
 	carry   *chunk.Set // pages that go into the next set whatever the tracker says
 
+	throttling sync.Mutex // one change of the application's rate at a time
+	limit      int64      // what its rate is to be held down to, B/s; 0 is no limit
+	limited    int64      // what it is held down to (throttling)
+
 	final                           []byte // the set of the epoch's Finalize
 	asked, stopped, flushed, scaned int64
 	trouble                         error // why Suspend failed
@@ -193,6 +197,7 @@ func (s *Seeder) step(m handover.Source, a handover.Action) error {
 	switch a {
 	case handover.Watch, handover.Unwatch:
 		s.session = 0
+		s.release()
 	case handover.Suspend:
 		s.asked, s.stopped, s.flushed, s.scaned, s.final = monotonic(), 0, 0, 0, nil
 		s.wg.Go(func() { s.suspend(epoch) })
@@ -204,6 +209,7 @@ func (s *Seeder) step(m handover.Source, a handover.Action) error {
 			}
 			s.final = nil
 		}
+		s.release()
 		s.wg.Go(s.resume)
 	case handover.Exit:
 		close(s.gone)
@@ -267,6 +273,65 @@ func (s *Seeder) suspend(epoch uint64) {
 	}
 	// It went on meanwhile, and what was collected must not be forgotten.
 	_ = decodeSet(set, s.carry)
+}
+
+// quietStep is how long the application is asked at a time for a quiet point.
+const quietStep = 20 * time.Millisecond
+
+// quiet waits for a quiet point of the application, and says whether there is one.
+func (s *Seeder) quiet(ctx context.Context, wait time.Duration) (bool, error) {
+	f := s.getHooks().Quiet
+	if f == nil {
+		if s.track == nil {
+			return true, nil // nobody writes
+		}
+		return false, fmt.Errorf("the application announces no quiet points: %w", region.ErrNotSupported)
+	}
+	// A destination must not be taken for silent meanwhile.
+	for until := time.Now().Add(min(wait, s.o.Silence/2)); ; {
+		ok, err := f(ctx, min(quietStep, time.Until(until)))
+		if ok || err != nil || time.Until(until) <= 0 {
+			return ok, err
+		}
+	}
+}
+
+// release lets the application write as it likes. s.mu is held.
+func (s *Seeder) release() {
+	if s.limit == 0 {
+		return
+	}
+	s.limit = 0
+	s.wg.Go(func() {
+		ctx, cancel := context.WithTimeout(s.ctx, s.o.SuspendTimeout)
+		defer cancel()
+		if err := s.throttle(ctx); err != nil {
+			s.mu.Lock()
+			s.trouble = err
+			s.mu.Unlock()
+		}
+	})
+}
+
+// throttle has the application write no faster than s.limit says.
+func (s *Seeder) throttle(ctx context.Context) error {
+	s.throttling.Lock()
+	defer s.throttling.Unlock()
+	s.mu.Lock()
+	limit := s.limit
+	s.mu.Unlock()
+	if limit == s.limited {
+		return nil
+	}
+	f := s.getHooks().Throttle
+	if f == nil {
+		return fmt.Errorf("the application cannot be throttled: %w", region.ErrNotSupported)
+	}
+	if err := f(ctx, limit); err != nil {
+		return fmt.Errorf("throttle the application to %d bytes a second: %w", limit, err)
+	}
+	s.limited = limit
+	return nil
 }
 
 // expire ends an epoch whose Commit does not come.
@@ -424,12 +489,22 @@ func (s *Seeder) answerRound(ctx context.Context, r request, answer func(handove
 		return bad(fmt.Errorf("round %d of tracking %x: the source tracks %x for %x and is %v: %w", r.Round, r.Session, s.session, s.m.With, s.m.Phase, region.ErrMismatch))
 	}
 	s.heard = time.Now()
+	quiet := false
 	switch r.Round {
 	case s.round:
 	case s.round + 1:
+		s.limit = r.Throttle
 		s.mu.Unlock()
-		set, err := s.look(ctx)
+		err := s.throttle(ctx)
+		if err == nil && r.Wait > 0 {
+			quiet, err = s.quiet(ctx, time.Duration(r.Wait))
+		}
+		var set []byte
+		if err == nil {
+			set, err = s.look(ctx)
+		}
 		s.mu.Lock()
+		s.heard = time.Now()
 		if err != nil {
 			return bad(err)
 		}
@@ -442,7 +517,7 @@ func (s *Seeder) answerRound(ctx context.Context, r request, answer func(handove
 		return bad(fmt.Errorf("round %d, the source is at %d: %w", r.Round, s.round, region.ErrOutOfRange))
 	}
 	out := answer(handover.Reply{Result: handover.OK, Epoch: s.m.Epoch}, nil)
-	out.Dirty = s.saved
+	out.Dirty, out.Quiet = s.saved, quiet
 	return out
 }
 

@@ -33,8 +33,8 @@ const (
 
 const (
 	magic       = 0x4d534d47 // "MSMG"
-	version     = 1
-	requestSize = 48
+	version     = 2
+	requestSize = 64
 	replySize   = 88 // without the set
 )
 
@@ -47,6 +47,10 @@ type request struct {
 	Session uint64 // of the tracking; another one than before begins anew
 	Round   uint64 // the next one (verbRound), or the last that has come (Finalize)
 	Size    int64  // of the destination's memory; 0 is not known yet
+	// Wait, of a round: the source answers at a quiet point of its application, or so much later, ns.
+	Wait int64
+	// Throttle, of a round: the most that the application may store from now on, B/s; 0 is no limit.
+	Throttle int64
 }
 
 func (r request) encode() []byte {
@@ -58,20 +62,27 @@ func (r request) encode() []byte {
 	binary.BigEndian.PutUint64(b[24:], r.Session)
 	binary.BigEndian.PutUint64(b[32:], r.Round)
 	binary.BigEndian.PutUint64(b[40:], uint64(r.Size))
+	binary.BigEndian.PutUint64(b[48:], uint64(r.Wait))
+	binary.BigEndian.PutUint64(b[56:], uint64(r.Throttle))
 	return b
 }
 
 func decodeRequest(b []byte) (r request, err error) {
 	switch {
-	case len(b) != requestSize:
+	case len(b) < 8:
 		return r, fmt.Errorf("migration request of %d bytes, want %d: %w", len(b), requestSize, region.ErrOutOfRange)
 	case binary.BigEndian.Uint32(b) != magic:
 		return r, fmt.Errorf("migration request begins with %#x, not %#x: %w", b[:4], uint32(magic), region.ErrMismatch)
+	case b[4] != version:
+		return r, fmt.Errorf("migration protocol version %d, this source speaks %d: both ends must be the same memsync: %w", b[4], version, region.ErrNotSupported)
+	case len(b) != requestSize:
+		return r, fmt.Errorf("migration request of %d bytes, want %d: %w", len(b), requestSize, region.ErrOutOfRange)
 	}
 	r = request{handover.Request{Verb: handover.Verb(b[5]), From: handover.ID(binary.BigEndian.Uint64(b[8:])), Epoch: binary.BigEndian.Uint64(b[16:])},
-		binary.BigEndian.Uint64(b[24:]), binary.BigEndian.Uint64(b[32:]), int64(binary.BigEndian.Uint64(b[40:]))}
-	if b[4] != version {
-		return r, fmt.Errorf("migration protocol version %d, this source speaks %d: both ends must be the same memsync: %w", b[4], version, region.ErrNotSupported)
+		binary.BigEndian.Uint64(b[24:]), binary.BigEndian.Uint64(b[32:]), int64(binary.BigEndian.Uint64(b[40:])),
+		int64(binary.BigEndian.Uint64(b[48:])), int64(binary.BigEndian.Uint64(b[56:]))}
+	if r.Wait < 0 || r.Throttle < 0 {
+		return r, fmt.Errorf("migration request with a wait of %d and a rate of %d: %w", r.Wait, r.Throttle, region.ErrOutOfRange)
 	}
 	return r, nil
 }
@@ -87,6 +98,7 @@ type reply struct {
 	Stopped int64  // returned,
 	Flushed int64  // the flush hook returned,
 	Scanned int64  // and the last dirty pages were known
+	Quiet   bool   // a round that asked to wait: the application is at a quiet point
 	Dirty   []byte // a set of pages, see encodeSet
 	Text    string // of an error; then the result is 0
 	Kind    byte   // of the error: its place in kinds
@@ -131,6 +143,9 @@ func (r reply) encode() []byte {
 	}
 	binary.BigEndian.PutUint32(b[72:], uint32(len(r.Dirty)))
 	binary.BigEndian.PutUint32(b[76:], uint32(len(text)))
+	if r.Quiet {
+		b[80] = 1
+	}
 	return append(append(b, text...), r.Dirty...)
 }
 
@@ -163,7 +178,7 @@ func decodeReply(b []byte) (r reply, err error) {
 	}
 	text := replySize + int(binary.BigEndian.Uint32(b[76:]))
 	return reply{Reply: handover.Reply{Result: handover.Result(b[5]), Epoch: v[0]}, Phase: handover.Phase(b[6]), Session: v[1], Round: v[2], Size: int64(v[3]),
-		Asked: int64(v[4]), Stopped: int64(v[5]), Flushed: int64(v[6]), Scanned: int64(v[7]), Text: string(b[replySize:text]), Kind: b[7], Dirty: b[text:]}, nil
+		Asked: int64(v[4]), Stopped: int64(v[5]), Flushed: int64(v[6]), Scanned: int64(v[7]), Quiet: b[80] == 1, Text: string(b[replySize:text]), Kind: b[7], Dirty: b[text:]}, nil
 }
 
 // A set of pages on the wire is the number of pages of the region, then either runs
