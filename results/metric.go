@@ -38,6 +38,7 @@ var metrics = [...]Metric{
 	{"downtime_flush", "s", Lower, false, "the writer is suspended", "its stores are flushed", "Part of downtime."},
 	{"downtime_handover", "s", Lower, false, "stores are flushed", "the destination owns the region", "Part of downtime."},
 	{"downtime_pull", "s", Lower, false, "the destination owns the region", "first write accepted there", "Part of downtime: dirty chunks pulled because they were needed at once."},
+	{"standstill", "s", Lower, false, "the application has stopped at the source", "first write accepted at the destination", "downtime without what the application did not write by itself before it was stopped."},
 	{"blocktime", "s", Lower, false, "the destination takes over", "end of the run", "Sum of the workload's waits in faults after the hand-over."},
 	{"blocktime_max", "s", Lower, false, "the destination takes over", "end of the run", "Longest single wait after the hand-over."},
 	{"time_to_90", "s", Lower, false, "the destination takes over", "the workload reaches 90 % of its throughput before", "Recovery after a migration."},

@@ -142,6 +142,15 @@ func migrationFinalize() Figure {
 		s.Note = "Pre-copy, 20 ms, 1 Gbit/s; 20 MB/s. Rounds go on until the downtime that is foreseen is within max_downtime, or rounds do not get shorter."
 		return s
 	}
+	when := func(name, label string, y results.Axis) results.FigureSpec {
+		s := spec(name, label, y)
+		s.Title = "When to finalise an application that writes in bursts: " + label
+		s.X = results.Axis{Column: "params.finalize", Label: "Rule: at once, in a phase that is foreseen or announced to be quiet", Category: true, Categories: quietRules[:]}
+		s.Where = map[string][]string{"params.finalize_at": {"1"}, "params.finalize": quietRules[:], "params.writer": {"burst"}}
+		s.Keys, s.Series = []string{"params.mode"}, []results.FigureSeries{{Key: "hybrid", Label: "hybrid"}, {Key: "pre-copy", Label: "pre-copy"}}
+		s.Note = "20 ms, 1 Gbit/s; 20 MB a second, written in a fifth of it. Baruchi et al. (2015) report up to 74 % less time and 43 % less data for virtual machines."
+		return s
+	}
 	down := results.Axis{Column: "downtime", Label: "Downtime", Unit: "ms", Scale: 1e3}
 	f := Figure{Variants: []string{Network}, Spec: spec("migration-finalize", "downtime", down)}
 	f.More = []results.FigureSpec{
@@ -150,6 +159,9 @@ func migrationFinalize() Figure {
 		spec("migration-finalize-bytes", "bytes sent", results.Axis{Column: "wire_tx_bytes", Label: "Bytes on the wire", Unit: "MB", Scale: 1e-6}),
 		adaptive("migration-finalize-adaptive", "downtime", down),
 		adaptive("migration-finalize-adaptive-bytes", "bytes sent", results.Axis{Column: "wire_tx_bytes", Label: "Bytes on the wire", Unit: "MB", Scale: 1e-6}),
+		when("migration-finalize-cycle", "standstill", results.Axis{Column: "standstill", Label: "From stopped to the first write", Unit: "ms", Scale: 1e3}),
+		when("migration-finalize-cycle-total", "until the source may exit", results.Axis{Column: "total_time", Label: "Total time", Unit: "s"}),
+		when("migration-finalize-cycle-bytes", "bytes sent", results.Axis{Column: "wire_tx_bytes", Label: "Bytes on the wire", Unit: "MB", Scale: 1e-6}),
 	}
 	f.Cells = func(_ string, quick bool) []*Cell {
 		size, shares, limits, writers, settings := int64(256<<20), shares, adaptiveLimits[:], writers, []string(nil)
@@ -165,6 +177,14 @@ func migrationFinalize() Figure {
 				cells = append(cells, migrateCell("migration-finalize", "pre-copy", size, append(settings, "writer="+w.Key, "finalize=adaptive", "max_downtime="+limit)...))
 			}
 		}
+		for _, mode := range []string{"hybrid", "pre-copy"} {
+			for _, rule := range quietRules {
+				if mode == "hybrid" && rule == policyPercentName && !quick {
+					continue // above
+				}
+				cells = append(cells, migrateCell("migration-finalize", mode, size, append(settings, "writer=burst", "finalize="+rule)...))
+			}
+		}
 		return cells
 	}
 	return f
@@ -175,6 +195,9 @@ func migrationFinalize() Figure {
 const quickSettle = "settle=300ms"
 
 const policyPercentName = "percent"
+
+// quietRules are the rules that are compared for an application that writes in bursts.
+var quietRules = [...]string{policyPercentName, "cycle", "quiet"}
 
 // adaptiveLimits are the downtimes that are asked for.
 var adaptiveLimits = [...]string{"60ms", "100ms", "300ms", "1s"}

@@ -272,6 +272,7 @@ func (m *migrated) judge() error {
 		last = m.stopped // it did not write
 	}
 	v["downtime"] = seconds(m.there.First - last)
+	v["standstill"] = seconds(m.there.First - m.stopped)
 	v["downtime_suspend"] = seconds(m.stopped - last)
 	v["downtime_flush"] = seconds(m.flushed - m.stopped)
 	v["downtime_handover"] = seconds(m.owned - m.flushed)

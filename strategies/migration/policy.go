@@ -90,15 +90,27 @@ func (l *leecher) announced(ctx context.Context, left time.Duration) (bool, erro
 
 // foreseenQuiet waits for one more round, and judges by all of them.
 func (l *leecher) foreseenQuiet(ctx context.Context, left time.Duration) (bool, error) {
-	horizon := l.trips() // hybrid: what is left comes afterwards
-	if l.o.mode.strict() {
-		horizon = l.foreseen()
+	likely := func(horizon time.Duration) bool {
+		l.looking.Lock()
+		defer l.looking.Unlock()
+		v, _ := l.cycle.judge(time.Now(), horizon)
+		return v == favourable || v == steady
 	}
-	l.looking.Lock()
-	v, _ := l.cycle.judge(time.Now(), horizon)
-	l.looking.Unlock()
-	if v == favourable || v == steady {
-		return true, nil
+	if ok := likely(l.trips()); ok && !l.o.mode.strict() {
+		return true, nil // what is left comes afterwards
+	} else if ok {
+		// What the burst before left is pulled in the quiet phase, once.
+		if l.stale.Count() > 0 {
+			if err := l.repeat(ctx); err != nil {
+				return false, err
+			}
+			if _, err := l.look(ctx, 0); err != nil {
+				return false, err
+			}
+		}
+		if likely(l.foreseen()) {
+			return true, nil
+		}
 	}
 	select {
 	case <-time.After(min(left, l.o.interval)):
@@ -223,18 +235,23 @@ func (l *leecher) converge(ctx context.Context) error {
 			return l.miss(est, why)
 		}
 		last = left
-		if err := l.drain(ctx); err != nil {
-			return err
-		}
-		ranges, err := l.forget()
-		if err != nil {
-			return err
-		}
-		l.pull(order.List(ranges))
-		if err := l.until(ctx, l.size); err != nil {
+		if err := l.repeat(ctx); err != nil {
 			return err
 		}
 	}
+}
+
+// repeat pulls once more what is out of date.
+func (l *leecher) repeat(ctx context.Context) error {
+	if err := l.drain(ctx); err != nil {
+		return err
+	}
+	ranges, err := l.forget()
+	if err != nil {
+		return err
+	}
+	l.pull(order.List(ranges))
+	return l.until(ctx, l.size)
 }
 
 func (l *leecher) promise(d time.Duration, unmet string) {
