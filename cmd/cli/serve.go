@@ -20,6 +20,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"memsync/scenarios/mount"
 	"memsync/strategies/all"
@@ -35,14 +36,14 @@ const (
 )
 
 type serveOptions struct {
-	listen      string
-	readOnly    bool
-	insecure    bool
-	connections int
-	tls         string
-	transport   string
-	metrics     string
-	asJSON      bool
+	listen    string
+	readOnly  bool
+	insecure  bool
+	limits    transport.Limits
+	tls       string
+	transport string
+	metrics   string
+	asJSON    bool
 }
 
 func newServeCmd(s *state) *cobra.Command {
@@ -78,16 +79,32 @@ client flushed is on disk. Runs until SIGINT or SIGTERM, and then exits with 130
 	f.BoolVar(&o.readOnly, "read-only", false, "refuse writes; FILE needs to be readable only")
 	f.BoolVar(&o.insecure, "insecure", false, "answer on an address that is not loopback, without TLS: whoever reaches it can read and write")
 	f.StringVar(&o.tls, "tls", "", "insist on TLS 1.3 and on a certificate of each client, with ca-cert.pem, server-cert.pem and server-key.pem of `DIR` (memsync certs), which are read anew when they change")
-	f.IntVar(&o.connections, "connections", 64, "connections at once, 1 to 4096; each costs at most 64 MiB of buffers, so 64 bad clients at most 4 GiB in all")
+	limitFlags(f, &o.limits)
 	return c
+}
+
+// limitFlags adds the flags of what each client is granted.
+func limitFlags(f *pflag.FlagSet, l *transport.Limits) {
+	d := transport.Limits{}.Defaults()
+	f.IntVar(&l.Connections, "connections", d.Connections, "connections at once, 1 to 4096; the next one waits")
+	f.IntVar(&l.PeerConnections, "peer-connections", d.PeerConnections, "connections at once from one address, 1 to 4096; one more is closed")
+	sizeFlag(f, &l.Memory, "memory", d.Memory, "requests and replies that are held at once; who needs more waits")
+	sizeFlag(f, &l.PeerMemory, "peer-memory", 0, "of those, for one address; at least 12 MiB; 0 is 24 MiB, or all of --memory where that is less")
+	sizeFlag(f, &l.Request, "max-request", 0, "data in one read or write, at least 64 KiB; 0 is 32 MiB with nbd, 1 MiB with the others, which have at most 4 MiB")
+	durationFlag(f, &l.Handshake, "handshake-timeout", d.Handshake, "from the connection to the opening of a region")
+	durationFlag(f, &l.Stall, "stall-timeout", d.Stall, "how long a message may stand still half-way")
+	durationFlag(f, &l.Idle, "idle-timeout", 0, "how long a client may ask for nothing; 0: for ever")
 }
 
 func serve(s *state, o serveOptions, args []string) (err error) {
 	if len(args) == 0 {
 		return exitWith(exitUsage, errors.New("serve: no file given: memsync serve [NAME=]FILE"))
 	}
-	if o.connections < 1 || o.connections > 4096 {
-		return exitWith(exitUsage, fmt.Errorf("--connections %d: want 1 to 4096", o.connections))
+	if o.limits.Connections < 1 || o.limits.PeerConnections < 1 { // 0 is no default here
+		return exitWith(exitUsage, fmt.Errorf("--connections %d, --peer-connections %d: want 1 to 4096", o.limits.Connections, o.limits.PeerConnections))
+	}
+	if err := o.limits.Check(); err != nil {
+		return exitWith(exitUsage, fmt.Errorf("limits: %w", err))
 	}
 	var security transport.TLS
 	if o.tls != "" {
@@ -184,7 +201,8 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 	fmt.Fprintf(s.stderr, "serving %d regions on %s\n", len(exports), l.Addr())
 	notify(s, "READY=1", fmt.Sprintf("STATUS=serving %d regions on %s", len(exports), l.Addr()))
 	leases := transport.NewLeases(exports)
-	err = transport.Accept(s.ctx, l, o.connections, func(ctx context.Context, c net.Conn) {
+	refused := func(err error) { fmt.Fprintf(s.stderr, "refused: %v\n", err) }
+	err = transport.Accept(s.ctx, l, o.limits, refused, func(ctx context.Context, c net.Conn) {
 		peer := c.RemoteAddr()
 		if err := t.Serve(ctx, c, leases); err != nil && ctx.Err() == nil {
 			fmt.Fprintf(s.stderr, "connection of %s: %v\n", peer, err)
@@ -224,7 +242,7 @@ func listener(s *state, o serveOptions, t transport.Transport) (func() (net.List
 	case own && network != "tcp":
 		return nil, fmt.Errorf("transport %s has no Unix sockets", t.Name())
 	case own:
-		return func() (net.Listener, error) { return transport.Listen(s.ctx, t, addr) }, nil
+		return func() (net.Listener, error) { return transport.Listen(s.ctx, t, addr, o.limits) }, nil
 	}
 	lc := net.ListenConfig{Control: transport.RetrySoon} // connections inherit it
 	lc.SetMultipathTCP(false)

@@ -156,7 +156,7 @@ func (s *source) serve(ctx context.Context, st strategies.Strategy, host string,
 		return "", err
 	}
 	if p := s.publication; p != nil {
-		return s.acceptBy(ctx, tr, Source, host, func(c net.Conn) {
+		return s.acceptBy(ctx, tr, Source, host, func(ctx context.Context, c net.Conn) {
 			if err := p.Serve(ctx, c); err != nil && ctx.Err() == nil {
 				fmt.Fprintln(os.Stderr, "source: serve:", err)
 			}
@@ -164,7 +164,7 @@ func (s *source) serve(ctx context.Context, st strategies.Strategy, host string,
 	}
 	store := chunk.Split(s.store, chunk.SplitSource, params)
 	exports := transport.NewLeases(transport.One{Name: "region", Store: store})
-	return s.acceptBy(ctx, tr, Source, host, func(c net.Conn) {
+	return s.acceptBy(ctx, tr, Source, host, func(ctx context.Context, c net.Conn) {
 		if err := st.Serve(ctx, tr, c, exports, params); err != nil && ctx.Err() == nil {
 			fmt.Fprintln(os.Stderr, "source: serve:", err)
 		}

@@ -162,7 +162,7 @@ func (f Factory) serve(t *testing.T, store region.Store, dir string, v param.Val
 	var l net.Listener
 	var err error
 	if own, ok := f.Transport.(transport.Network); ok {
-		l, err = own.Listen(t.Context(), addr)
+		l, err = own.Listen(t.Context(), addr, transport.Limits{})
 	} else {
 		l, err = net.Listen(f.Network, addr)
 	}

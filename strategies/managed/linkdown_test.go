@@ -84,7 +84,7 @@ func linkDown(t *testing.T, down time.Duration) {
 	serving, stop := context.WithCancel(ctx)
 	served := make(chan error, 1)
 	go func() {
-		served <- transport.Accept(serving, l, 64, func(ctx context.Context, c net.Conn) {
+		served <- transport.Accept(serving, l, transport.Limits{}, nil, func(ctx context.Context, c net.Conn) {
 			_ = managed.Strategy{}.Serve(ctx, &nbd.Transport{}, c, exports, param.Values{}) // ends with the link
 		})
 	}()

@@ -13,6 +13,7 @@ import (
 	"memsync/strategies/chunk"
 	"memsync/strategies/migration/handover"
 	"memsync/strategies/region"
+	"memsync/strategies/transport"
 )
 
 // The control connection is a region like any other, of a transport like any
@@ -20,7 +21,7 @@ import (
 // there, at the same time, so that a call takes one round trip. A read waits until
 // its answer is there. So only the destination ever calls, whatever the transport.
 const (
-	controlSuffix = ".migration" // behind the region's name
+	controlSuffix = transport.MigrationSuffix // behind the region's name
 
 	slot        = 1 << 26 // bytes of one call; an answer is no longer
 	callNumbers = 1 << 24

@@ -44,18 +44,20 @@ func (n Named) List() []string {
 }
 
 // Accept calls handle, on a goroutine of its own, for each connection that l
-// gives, at most limit at once; others wait in the kernel's queue. handle
+// gives, as the limits allow, with a context that has the connection's Place;
+// refused, unless nil, hears of those that they do not. handle
 // closes its connection and returns soon after ctx ends. When ctx ends or l
 // fails, Accept closes l, ends the context that handle got, and returns once
 // all calls of handle have: nil at the end of ctx.
-func Accept(ctx context.Context, l net.Listener, limit int, handle func(context.Context, net.Conn)) error {
+func Accept(ctx context.Context, l net.Listener, limits Limits, refused func(error), handle func(context.Context, net.Conn)) error {
+	guard := NewGuard(limits)
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	var handlers sync.WaitGroup
 	defer handlers.Wait()
 	defer stop()
 	defer cancel()
-	places := make(chan struct{}, limit)
+	places := make(chan struct{}, guard.l.Connections)
 	for {
 		select {
 		case places <- struct{}{}:
@@ -65,9 +67,19 @@ func Accept(ctx context.Context, l net.Listener, limit int, handle func(context.
 		c, err := l.Accept()
 		switch {
 		case err == nil:
+			place, err := guard.Enter(c.RemoteAddr())
+			if err != nil {
+				c.Close()
+				<-places
+				if refused != nil {
+					refused(err)
+				}
+				continue
+			}
 			handlers.Go(func() {
 				defer func() { <-places }()
-				handle(ctx, c)
+				defer place.Leave()
+				handle(WithPlace(ctx, place), c)
 			})
 			continue
 		case ctx.Err() != nil:

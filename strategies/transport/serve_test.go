@@ -43,7 +43,7 @@ func TestAccept(t *testing.T) {
 	var now, most, served atomic.Int32
 	done := make(chan error, 1)
 	go func() {
-		done <- Accept(ctx, l, 2, func(ctx context.Context, c net.Conn) {
+		done <- Accept(ctx, l, Limits{Connections: 2}, nil, func(ctx context.Context, c net.Conn) {
 			most.Store(max(most.Load(), now.Add(1)))
 			served.Add(1)
 			time.Sleep(time.Millisecond)
@@ -73,7 +73,7 @@ func TestAccept(t *testing.T) {
 	if _, err := net.Dial("tcp", inner.Addr().String()); err == nil {
 		t.Error("still listening")
 	}
-	if err := Accept(t.Context(), l, 1, nil); !errors.Is(err, net.ErrClosed) {
+	if err := Accept(t.Context(), l, Limits{}, nil, nil); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("a listener that failed: %v", err)
 	}
 }

@@ -86,16 +86,17 @@ type Transport interface {
 // connections that it gives are for Serve and for its Dialer only.
 type Network interface {
 	// Listen answers on addr, host:port with port 0 for a free one. It has taken the
-	// port when it returns.
-	Listen(ctx context.Context, addr string) (net.Listener, error)
+	// port when it returns. Limits are those by which the connections are then served.
+	Listen(ctx context.Context, addr string, l Limits) (net.Listener, error)
 	// Dial blocks until connected or ctx ends.
 	Dial(ctx context.Context, addr string) (net.Conn, error)
 }
 
-// Listen answers on addr (host:port) for t: TCP, or what t is a Network of.
-func Listen(ctx context.Context, t Transport, addr string) (net.Listener, error) {
+// Listen answers on addr (host:port) for t: TCP, or what t is a Network of. Limits are
+// those by which the connections are then served.
+func Listen(ctx context.Context, t Transport, addr string, l Limits) (net.Listener, error) {
 	if n, ok := t.(Network); ok {
-		return n.Listen(ctx, addr)
+		return n.Listen(ctx, addr, l)
 	}
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false) // on by default for listeners; the link is one path

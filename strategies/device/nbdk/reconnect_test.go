@@ -41,7 +41,7 @@ func serveFile(path, addr string) error {
 		store = stalled{s}
 	}
 	t := &nbd.Transport{}
-	return transport.Accept(context.Background(), l, 64, func(ctx context.Context, c net.Conn) {
+	return transport.Accept(context.Background(), l, transport.Limits{}, nil, func(ctx context.Context, c net.Conn) {
 		_ = t.Serve(ctx, c, transport.One{Store: store})
 	})
 }

@@ -40,11 +40,12 @@ var _ transport.Transport = (*Transport)(nil)
 // Name is "drpc".
 func (*Transport) Name() string { return "drpc" }
 
-// manager are the settings of both sides. The source learns of a call that is given up.
-func manager() drpcmanager.Options {
+// manager are the settings of both sides, for messages of at most so many bytes. The
+// source learns of a call that is given up.
+func manager(message int) drpcmanager.Options {
 	return drpcmanager.Options{
 		WriterBufferSize: 64 << 10, SoftCancel: true,
-		Reader: drpcwire.ReaderOptions{MaximumBufferSize: maxMessage + 64<<10},
+		Reader: drpcwire.ReaderOptions{MaximumBufferSize: message + 64<<10},
 		Stream: drpcstream.Options{SplitSize: 64 << 10, MaximumBufferSize: 1 << 20},
 	}
 }
@@ -70,7 +71,7 @@ func (t *Transport) dial(ctx context.Context, d transport.Dialer, stream bool) (
 			return nil, err
 		}
 		l := &link{Conn: nc}
-		l.rpc = drpcconn.NewWithOptions(l, drpcconn.Options{Manager: manager()})
+		l.rpc = drpcconn.NewWithOptions(l, drpcconn.Options{Manager: manager(maxMessage)})
 		return l, nil
 	}
 	l, err := one(ctx)
@@ -245,14 +246,15 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 	if err != nil {
 		return err
 	}
-	w := rpc.Watch(nc)
+	in := rpc.NewInbound(nc)
+	w := rpc.Watch(in)
 	// The library looks at the context where it does not read (see link.call).
 	serving, hangUp := context.WithCancel(ctx)
 	defer hangUp()
-	s := rpc.NewSession(e, hangUp)
+	s := rpc.NewSession(ctx, transport.As(e, rpc.Identity(nc)), rpc.SessionOptions{In: in, Copies: 2}, hangUp)
 	defer s.Close()
 	defer context.AfterFunc(serving, func() { _ = w.Close() })()
-	err = drpcserver.NewWithOptions(&server{Session: s}, drpcserver.Options{Manager: manager()}).ServeOne(serving, w)
+	err = drpcserver.NewWithOptions(&server{Session: s}, drpcserver.Options{Manager: manager(int(rpc.Most(ctx) + rpc.MaxHead))}).ServeOne(serving, w)
 	_ = w.Close()
 	if drpc.ClosedError.Has(err) || serving.Err() != nil {
 		err = nil

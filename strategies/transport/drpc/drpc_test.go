@@ -51,7 +51,7 @@ func TestGivenUp(t *testing.T) {
 	done := make(chan error, 1)
 	e := transport.NewLeases(transport.One{Store: storetest.Seeded(content, 1<<20)})
 	go func() {
-		done <- transport.Accept(source, l, 8, func(ctx context.Context, c net.Conn) { _ = tr.Serve(ctx, c, e) })
+		done <- transport.Accept(source, l, transport.Limits{Connections: 8}, nil, func(ctx context.Context, c net.Conn) { _ = tr.Serve(ctx, c, e) })
 	}()
 	defer func() {
 		stop()

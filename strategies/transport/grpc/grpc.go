@@ -32,8 +32,8 @@ const (
 	maxMessage = rpc.MaxData + rpc.MaxHead
 
 	// Flow control. What a source lets a client send before it is read is bounded by
-	// rpc.SessionCalls calls of a window each: 32 MiB a connection.
-	serverWindow = 512 << 10
+	// a window for each of its calls; the rest of a request waits for its memory.
+	serverWindow = rpc.StreamWindow
 	clientWindow = 8 << 20
 	connWindow   = 64 << 20
 	keepAlive    = 30 * time.Second // then a lost peer is known after another of it
@@ -158,18 +158,21 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 	if err != nil {
 		return err
 	}
-	w := rpc.Watch(nc)
-	s := &server{rpc.NewSession(e, func() { _ = w.Close() })}
+	in := rpc.NewInbound(nc)
+	w := rpc.Watch(in)
+	hangUp := func() { _ = w.Close() }
+	s := &server{Session: rpc.NewSession(ctx, transport.As(e, rpc.Identity(nc)), rpc.SessionOptions{}, hangUp), in: in, hangUp: hangUp}
 	defer s.Close()
+	message := int(rpc.Most(ctx) + rpc.MaxHead)
 	// Each connection has a server of its own: what it may do is the connection's.
-	g := grpc.NewServer(grpc.ForceServerCodecV2(codec{}), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage),
-		grpc.MaxConcurrentStreams(rpc.SessionCalls), grpc.InitialWindowSize(serverWindow), grpc.InitialConnWindowSize(connWindow),
-		grpc.ReadBufferSize(128<<10), grpc.WriteBufferSize(128<<10), grpc.MaxHeaderListSize(8<<10),
-		grpc.ConnectionTimeout(rpc.HandshakeTimeout), grpc.WaitForHandlers(true),
+	g := grpc.NewServer(grpc.ForceServerCodecV2(codec{}), grpc.MaxRecvMsgSize(message), grpc.MaxSendMsgSize(maxMessage),
+		grpc.MaxConcurrentStreams(uint32(s.Calls())), grpc.InitialWindowSize(serverWindow), grpc.InitialConnWindowSize(connWindow),
+		grpc.ReadBufferSize(32<<10), grpc.WriteBufferSize(128<<10), grpc.SharedWriteBuffer(true), grpc.MaxHeaderListSize(8<<10),
+		grpc.ConnectionTimeout(transport.PlaceOf(ctx).Limits().Handshake), grpc.WaitForHandlers(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepAlive, Timeout: keepAlive}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepAlive / 2, PermitWithoutStream: true}))
 	g.RegisterService(&description, s)
-	defer context.AfterFunc(ctx, func() { _ = w.Close() })()
+	defer context.AfterFunc(ctx, hangUp)()
 	err = g.Serve(w.Listener())
 	g.Stop()
 	_ = w.Close()
@@ -177,32 +180,42 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 }
 
 // server answers the calls of one connection.
-type server struct{ *rpc.Session }
+type server struct {
+	*rpc.Session
+	in     *rpc.Inbound
+	hangUp func()
+	stream atomic.Bool // it has its one stream of requests
+}
 
 // description is the service, as RegisterService wants it; it never changes.
 var description = grpc.ServiceDesc{
 	ServiceName: service,
 	HandlerType: (*any)(nil),
-	Methods:     []grpc.MethodDesc{{MethodName: "Call", Handler: answer}},
-	Streams:     []grpc.StreamDesc{{StreamName: "Calls", Handler: answerStream, ServerStreams: true, ClientStreams: true}},
+	Streams: []grpc.StreamDesc{
+		// A unary call on the wire. As a stream, it is received when there is memory for it.
+		{StreamName: "Call", Handler: answer},
+		{StreamName: "Calls", Handler: answerStream, ServerStreams: true, ClientStreams: true},
+	},
 }
 
-func answer(srv any, ctx context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
-	s, q := srv.(*server), new(rpc.Request)
-	if err := decode(q); err != nil {
-		return nil, err
-	}
-	free, err := s.Admit(ctx, q)
+func answer(srv any, st grpc.ServerStream) error {
+	s, q, ctx := srv.(*server), new(rpc.Request), st.Context()
+	free, err := s.Turn(ctx, q, func() error { return st.RecvMsg(q) }, s.hangUp)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	m := &sending{Reply: s.Handle(ctx, q), free: free}
 	context.AfterFunc(ctx, m.drop) // the call has ended
-	return m, nil
+	return st.SendMsg(m)
 }
 
 func answerStream(srv any, st grpc.ServerStream) error {
-	err := srv.(*server).Stream(st.Context(), func(q *rpc.Request) error { return st.RecvMsg(q) },
+	s := srv.(*server)
+	if s.stream.Swap(true) {
+		return status.Error(codes.ResourceExhausted, "a second stream of requests on one connection")
+	}
+	s.Hold(st.Context(), s.in)
+	err := s.Stream(st.Context(), func(q *rpc.Request) error { return st.RecvMsg(q) },
 		func(r *rpc.Reply) error { return st.SendMsg(r) })
 	if st.Context().Err() != nil {
 		return nil

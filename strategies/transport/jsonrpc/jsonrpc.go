@@ -22,9 +22,11 @@ import (
 
 const (
 	method = "Region.Call"
-	// maxMessage is data in base64, and what is around it.
-	maxMessage = own.MaxData/3*4 + 2*own.MaxHead
+	copies = 4 // of a request's data: base64 as it is read and as a value, with room to grow, and the data
 )
+
+// messageOf is the length of a message with so many bytes of data, in base64, and what is around it.
+func messageOf(data int64) int64 { return data/3*4 + 2*own.MaxHead }
 
 // Transport is JSON-RPC as a transport.Transport. The zero value is ready, without TLS.
 type Transport struct{ TLS transport.TLS }
@@ -51,7 +53,7 @@ func (t *Transport) dial(ctx context.Context, d transport.Dialer) (own.Conn, err
 	if err != nil {
 		return nil, err
 	}
-	l := &own.Limited{R: nc, Most: maxMessage}
+	l := &own.Limited{R: nc, Most: messageOf(own.MaxData)}
 	return &conn{rpc.NewClientWithCodec(clientCodec{jsonrpc.NewClientCodec(limitedConn{nc, l}), l})}, nil
 }
 
@@ -131,8 +133,9 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 	if err != nil {
 		return err
 	}
-	w := own.Watch(nc)
-	s := own.NewSession(e, func() { _ = w.Close() })
+	in := own.NewInbound(nc)
+	w := own.Watch(in)
+	s := own.NewSession(ctx, transport.As(e, own.Identity(nc)), own.SessionOptions{In: in, Copies: copies}, func() { _ = w.Close() })
 	defer s.Close()
 	work, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -141,8 +144,8 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 		return errors.Join(err, w.Close())
 	}
 	defer context.AfterFunc(ctx, func() { _ = w.Close() })()
-	l := &own.Limited{R: w, Most: maxMessage}
-	c := &serverCodec{ServerCodec: jsonrpc.NewServerCodec(limitedConn{w, l}), l: l, places: make(chan struct{}, own.SessionCalls), cancel: cancel}
+	l := &own.Limited{R: w, Most: messageOf(own.Most(ctx))}
+	c := &serverCodec{ServerCodec: jsonrpc.NewServerCodec(limitedConn{w, l}), l: l, ctx: work, s: s, places: make(chan struct{}, s.Calls()), cancel: cancel}
 	srv.ServeCodec(c)
 	_ = w.Close()
 	return own.Ended(ctx, "JSON-RPC", c.err)
@@ -154,18 +157,10 @@ type Region struct {
 	s   *own.Session
 }
 
-// Call answers one request.
+// Call answers one request. The library writes the reply later (serverCodec.WriteResponse).
 func (g *Region) Call(q *own.Request, r *own.Reply) error {
-	free, err := g.s.Admit(g.ctx, q)
-	if err != nil {
-		return err
-	}
-	defer free()
-	answer := g.s.Handle(g.ctx, q)
-	*r = *answer
-	// The library writes the reply later, of which it says nothing.
-	r.Data = bytes.Clone(answer.Data)
-	answer.Release()
+	*r = *g.s.Handle(g.ctx, q)
+	r.After(q.Free)
 	return nil
 }
 
@@ -174,6 +169,8 @@ func (g *Region) Call(q *own.Request, r *own.Reply) error {
 type serverCodec struct {
 	rpc.ServerCodec
 	l      *own.Limited
+	ctx    context.Context
+	s      *own.Session
 	places chan struct{}
 	cancel context.CancelFunc // of what the connection's requests do
 	err    error
@@ -193,7 +190,24 @@ func (c *serverCodec) ReadRequestHeader(r *rpc.Request) error {
 	return err
 }
 
+// ReadRequestBody implements rpc.ServerCodec. No more is read until there is memory for the request.
+func (c *serverCodec) ReadRequestBody(body any) error {
+	if err := c.ServerCodec.ReadRequestBody(body); err != nil {
+		return err
+	}
+	q, ok := body.(*own.Request)
+	if !ok {
+		return nil // of a method that there is not
+	}
+	var err error
+	q.Free, err = c.s.Admit(c.ctx, q)
+	return err
+}
+
 func (c *serverCodec) WriteResponse(r *rpc.Response, body any) error {
 	defer func() { <-c.places }()
+	if reply, ok := body.(*own.Reply); ok {
+		defer reply.Release()
+	}
 	return c.ServerCodec.WriteResponse(r, body)
 }

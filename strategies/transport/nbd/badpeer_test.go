@@ -554,6 +554,10 @@ func TestCutAtEveryByte(t *testing.T) {
 	}
 }
 
+// sessionMemory is what a client may have of a server's memory by default: half of its
+// share, for requests that are carried out.
+const sessionMemory = 12 << 20
+
 // A client that asks for much and reads nothing is cut off, and costs little memory.
 func TestClientStopsReading(t *testing.T) {
 	for name, store := range map[string]region.Store{"viewed": viewed{newRAM(8<<20, 1)}, "buffered": newRAM(8<<20, 1)} {

@@ -22,7 +22,6 @@ import (
 
 const (
 	handshakeTimeout = 10 * time.Second
-	stallTimeout     = 60 * time.Second
 	maxPolling       = 64 // server connections that wait on a thread of their own
 )
 
@@ -34,10 +33,10 @@ type Transport struct {
 	RequireTLS bool
 	// ClientTLS makes Open and List insist on TLS.
 	ClientTLS *tls.Config
-	// HandshakeTimeout bounds a handshake, dialling included; 0 is 10 s.
+	// HandshakeTimeout bounds a handshake, dialling included; 0 is 10 s, or a server's Limits.
 	HandshakeTimeout time.Duration
 	// StallTimeout is how long the server waits, within a message, for a
-	// client that sends or reads nothing; 0 is 60 s.
+	// client that sends or reads nothing; 0 is as its Limits say.
 	StallTimeout time.Duration
 
 	polling atomic.Int32
@@ -73,8 +72,8 @@ func (t *Transport) Open(ctx context.Context, d transport.Dialer, o transport.Op
 // that the Store has in memory (region.Viewer) are answered at once and without
 // a copy, others in parallel and out of order. It takes conn over: once
 // transmission begins it reads a TCP or Unix socket by a duplicate of its
-// descriptor, so only the end of ctx, not conn.Close, ends it from outside. A
-// client costs at most 64 MiB of buffers.
+// descriptor, so only the end of ctx, not conn.Close, ends it from outside. What
+// a client costs is as the Limits of its Place say (transport.PlaceOf).
 func (t *Transport) Serve(ctx context.Context, conn net.Conn, e transport.Exports) error {
 	return t.serve(ctx, conn, e)
 }
@@ -84,11 +83,4 @@ func (t *Transport) handshakeTimeout() time.Duration {
 		return t.HandshakeTimeout
 	}
 	return handshakeTimeout
-}
-
-func (t *Transport) stallTimeout() time.Duration {
-	if t.StallTimeout > 0 {
-		return t.StallTimeout
-	}
-	return stallTimeout
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 
 	"memsync/strategies/region"
 )
@@ -20,7 +21,7 @@ func (s *session) transmission(ctx context.Context) error {
 				return err
 			}
 			if len(s.l.buffered()) == 0 {
-				if err := s.l.need(1, 0); err != nil {
+				if err := s.await(); err != nil {
 					if err == io.EOF { // between two requests: a hard but orderly end
 						s.fail(nil)
 						return nil
@@ -53,8 +54,25 @@ func (s *session) transmission(ctx context.Context) error {
 	}
 }
 
+// await waits for the next request, as long as a client may ask for nothing.
+func (s *session) await() error {
+	idle := s.place.Limits().Idle
+	if idle == 0 {
+		return s.l.need(1, 0)
+	}
+	for {
+		err := s.l.need(1, idle)
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		if s.busy.Load() == 0 { // else what it asked for takes long
+			return fmt.Errorf("no request for %v: %w", idle, err)
+		}
+	}
+}
+
 // request takes one request's payload and answers it, or has it answered.
-func (s *session) request(ctx context.Context, r request) error {
+func (s *session) request(ctx context.Context, r request) (err error) {
 	s.l.spin.soon = r.length < directLimit
 	payload := r.payload(s.style == extended)
 	if payload > maxPayload {
@@ -78,22 +96,28 @@ func (s *session) request(ctx context.Context, r request) error {
 	case r.cmd == cmdRead && s.style != simple && r.flags&cmdFlagDF == 0:
 		weight = max(weight, min(int64(r.length), readPiece))
 	case r.cmd == cmdRead, r.cmd == cmdWrite:
-		weight = max(weight, int64(r.length))
+		weight = max(weight, min(int64(r.length), requestPiece))
 	case r.cmd == cmdWriteZeroes:
 		weight = readPiece
 	}
-	if !s.memory.TryAcquire(weight) {
+	free := s.place.TryWork(weight)
+	if free == nil {
 		if err := s.flush(); err != nil {
 			return err
 		}
-		if err := s.memory.Acquire(ctx, weight); err != nil {
+		if free, err = s.place.Work(ctx, weight); err != nil {
 			return err
 		}
+	}
+	if payload > requestPiece {
+		defer free()
+		return s.writePieces(ctx, r)
 	}
 	var data *[]byte
 	if payload > 0 {
 		data = s.t.buffers.Get(int(payload))
 		if err := s.l.readFull(*data, s.stall); err != nil {
+			free()
 			return fmt.Errorf("payload of %v: %w", r.cmd, eof(err))
 		}
 	}
@@ -102,7 +126,7 @@ func (s *session) request(ctx context.Context, r request) error {
 		s.t.buffers.Put(data)
 		data = nil
 		if no != 0 {
-			s.memory.Release(weight)
+			free()
 			return s.queueError(r, no, msg)
 		}
 	}
@@ -114,7 +138,7 @@ func (s *session) request(ctx context.Context, r request) error {
 				end()
 			}
 			s.t.buffers.Put(data)
-			s.memory.Release(weight)
+			free()
 			if err != nil {
 				return s.queueError(r, errnoOf(err, r.cmd), err.Error())
 			}
@@ -122,18 +146,48 @@ func (s *session) request(ctx context.Context, r request) error {
 		}
 	}
 	s.work.Add(1)
+	s.busy.Add(1)
 	go func() {
 		defer s.work.Done()
+		defer s.busy.Add(-1)
 		err := s.perform(ctx, r, data)
 		if data != nil {
 			s.t.buffers.Put(data)
 		}
-		s.memory.Release(weight)
+		free()
 		if err != nil {
 			s.fail(err) // the link is broken: the reader must end too
 		}
 	}()
 	return nil
+}
+
+// writePieces carries out a write whose payload is more than memory is taken for: a
+// piece of it is written before the next one is received.
+func (s *session) writePieces(ctx context.Context, r request) error {
+	end, failed := s.grant.Begin()
+	if failed == nil {
+		defer end()
+	}
+	b := s.t.buffers.Get(requestPiece)
+	defer s.t.buffers.Put(b)
+	for off, left := int64(r.off), int64(r.length); left > 0; {
+		p := (*b)[:min(left, requestPiece)]
+		if err := s.l.readFull(p, s.stall); err != nil {
+			return fmt.Errorf("payload of %v: %w", r.cmd, eof(err))
+		}
+		if failed == nil {
+			failed = s.store.WriteAt(ctx, p, off)
+		}
+		off, left = off+int64(len(p)), left-int64(len(p))
+	}
+	if failed == nil && r.flags&cmdFlagFUA != 0 {
+		failed = s.store.Flush(ctx)
+	}
+	if failed != nil {
+		return s.queueError(r, errnoOf(failed, r.cmd), failed.Error())
+	}
+	return s.queueDone(r)
 }
 
 // fenced reports whether a write would be refused now.
@@ -172,6 +226,9 @@ func (s *session) check(r *request) (Errno, string) {
 		}
 		if r.cmd == cmdBlockStatus && status {
 			allowed |= cmdFlagPayloadLen
+			if r.flags&cmdFlagPayloadLen != 0 && r.length > maxStatusPayload {
+				return EINVAL, fmt.Sprintf("%v with a payload of %d bytes, the limit is %d", r.cmd, r.length, maxStatusPayload)
+			}
 		}
 	}
 	if bad := r.flags &^ allowed; bad != 0 {
@@ -456,12 +513,15 @@ func (s *session) read(ctx context.Context, r request) error {
 		return s.send([][]byte{s.done(nil, r)})
 	}
 	whole := s.style == simple || r.flags&cmdFlagDF != 0
-	size := r.length
+	size := min(r.length, requestPiece)
 	if !whole {
 		size = min(size, readPiece)
 	}
 	b := s.t.buffers.Get(int(size))
 	defer s.t.buffers.Put(b)
+	if whole && r.length > size {
+		return s.readPieces(ctx, r, *b)
+	}
 	if whole {
 		if err := s.store.ReadAt(ctx, *b, int64(r.off)); err != nil {
 			return s.send([][]byte{s.refusal(nil, r, errnoOf(err, r.cmd), err.Error())})
@@ -491,6 +551,30 @@ func (s *session) read(ctx context.Context, r request) error {
 		return s.send([][]byte{s.refusal(nil, r, errnoOf(err, r.cmd), err.Error())})
 	}
 	return broken
+}
+
+// readPieces answers with one message that is longer than what memory is taken for. Once
+// it has begun there is no way to tell an error but to hang up (proto.md, "Simple reply message").
+func (s *session) readPieces(ctx context.Context, r request, b []byte) error {
+	if err := s.store.ReadAt(ctx, b, int64(r.off)); err != nil {
+		return s.send([][]byte{s.refusal(nil, r, errnoOf(err, r.cmd), err.Error())})
+	}
+	s.w.Lock()
+	defer s.w.Unlock()
+	bufs := [][]byte{s.dataHead(nil, r, r.off, int(r.length), true), b}
+	for off, left := r.off, r.length; ; bufs = [][]byte{b} {
+		if err := s.l.sendAll(bufs, s.stall); err != nil {
+			return fmt.Errorf("send reply: %w", err)
+		}
+		off, left = off+uint64(len(b)), left-uint64(len(b))
+		if left == 0 {
+			return nil
+		}
+		b = b[:min(uint64(len(b)), left)]
+		if err := s.store.ReadAt(ctx, b, int64(off)); err != nil {
+			return fmt.Errorf("read %d bytes at %d, in a reply that has begun: %w", len(b), off, err)
+		}
+	}
 }
 
 // status answers block status for base:allocation.

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -11,28 +12,30 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
-
-	"golang.org/x/sync/semaphore"
 
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
 )
 
 const (
-	sessionMemory  = 64 << 20 // bytes of payload buffers of one connection
-	requestMemory  = 64 << 10 // what a request counts for at least: bounds their number to 1024
+	requestMemory  = 64 << 10 // what a request counts for at least, which bounds their number
+	requestPiece   = 4 << 20  // of a payload or a reply in memory; longer ones go through in pieces
 	readPiece      = 1 << 20  // of a structured reply
 	batchReplies   = 32       // replies that go out in one write
 	batchBytes     = 256 << 10
 	maxErrorString = 512
+
+	maxStatusPayload = 64 << 10 // which names contexts
 )
 
 // session is the server's side of one connection.
 type session struct {
 	t       *Transport
 	l       *link
+	named   transport.Exports // as given; exports are as the client's certificate sees them
 	exports transport.Exports
 	stall   time.Duration
 
@@ -46,9 +49,11 @@ type session struct {
 	traits   traits
 	grant    *transport.Grant // nil where the exports have no leases
 
-	memory *semaphore.Weighted
-	work   sync.WaitGroup
-	fail   context.CancelCauseFunc
+	place *transport.Place
+	most  int64 // bytes of one read or write
+	work  sync.WaitGroup
+	busy  atomic.Int64 // requests that are carried out beside the reader
+	fail  context.CancelCauseFunc
 
 	w     sync.Mutex // the link's writing side
 	batch [][]byte   // replies of the reader, which go out when it would wait
@@ -68,16 +73,16 @@ type traits struct {
 	size    uint64
 }
 
-func traitsOf(s region.Store) (t traits, err error) {
+func traitsOf(s region.Store, most int64) (t traits, err error) {
 	t.viewer, _ = s.(region.Viewer)
 	t.extents, _ = s.(region.Extenter)
 	t.zeroer, _ = s.(region.Zeroer)
 	t.trimmer, _ = s.(region.Trimmer)
 	t.cacher, _ = s.(region.Cacher)
-	t.blocks = region.Blocks{Minimum: 1, Preferred: 4096, Maximum: maxPayload}
+	t.blocks = region.Blocks{Minimum: 1, Preferred: 4096, Maximum: most}
 	if b, ok := s.(region.Blocker); ok {
-		if t.blocks = b.Blocks(); t.blocks.Maximum == 0 || t.blocks.Maximum > maxPayload {
-			t.blocks.Maximum = maxPayload
+		if t.blocks = b.Blocks(); t.blocks.Maximum == 0 || t.blocks.Maximum > most {
+			t.blocks.Maximum = most
 		}
 		t.blocks.Preferred = max(t.blocks.Preferred, t.blocks.Minimum, 512)
 	}
@@ -101,7 +106,8 @@ func traitsOf(s region.Store) (t traits, err error) {
 
 func (t *Transport) serve(ctx context.Context, nc net.Conn, e transport.Exports) error {
 	ctx, fail := context.WithCancelCause(ctx)
-	s := &session{t: t, l: newLink(nc), exports: e, stall: t.stallTimeout(), fail: fail, memory: semaphore.NewWeighted(sessionMemory)}
+	place := transport.PlaceOf(ctx)
+	s := &session{t: t, l: newLink(nc), named: e, exports: transport.As(e, ""), stall: cmp.Or(t.StallTimeout, place.Limits().Stall), fail: fail, place: place, most: place.Request(maxPayload)}
 	closed := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		s.l.close()
@@ -132,7 +138,7 @@ func (t *Transport) serve(ctx context.Context, nc net.Conn, e transport.Exports)
 
 func (s *session) run(ctx context.Context) error {
 	tuneTCP(s.l.out.Conn)
-	timeout := s.t.handshakeTimeout()
+	timeout := cmp.Or(s.t.HandshakeTimeout, s.place.Limits().Handshake)
 	s.l.out.SetDeadline(time.Now().Add(timeout))
 	proceed, err := s.handshake(ctx)
 	if err != nil && errors.Is(err, os.ErrDeadlineExceeded) {
@@ -266,7 +272,7 @@ func (s *session) open(name string) error {
 			return err
 		}
 	}
-	tr, err := traitsOf(store)
+	tr, err := traitsOf(store, s.most)
 	if err != nil {
 		return fmt.Errorf("export %q: %w", name, err)
 	}
@@ -340,6 +346,7 @@ func (s *session) startTLS(ctx context.Context, out, data []byte) ([]byte, error
 		return nil, transport.TLSError("client", err)
 	}
 	s.l.conn = t
+	s.exports = transport.As(s.named, transport.Identity(t.ConnectionState()))
 	s.tls, s.style, s.metaFor, s.hasStore = true, simple, nil, false
 	return nil, nil
 }

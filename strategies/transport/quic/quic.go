@@ -43,10 +43,12 @@ const (
 	idle     = 2 * time.Minute
 	dropped  = quic.StreamErrorCode(1) // nobody wants the rest of a stream
 
-	// Flow control, in bytes. A source takes as much as SessionCalls streams of it.
+	// Flow control, in bytes. A stream's window at the source is small until there is
+	// memory for its request, which is then read as it comes. A connection's is larger
+	// than all such windows together, so that these do not hold up that one.
 	serverStreamWindow = 512 << 10
+	serverConnMore     = 64 << 10
 	clientStreamWindow = 8 << 20
-	serverConnWindow   = 16 << 20
 	clientConnWindow   = 64 << 20
 )
 
@@ -171,14 +173,55 @@ func config(server bool) *quic.Config {
 	c := &quic.Config{
 		HandshakeIdleTimeout: rpc.HandshakeTimeout, MaxIdleTimeout: idle, KeepAlivePeriod: idle / 8, Allow0RTT: true,
 		MaxIncomingStreams: rpc.SessionCalls, MaxIncomingUniStreams: -1,
-		InitialStreamReceiveWindow: serverStreamWindow, MaxStreamReceiveWindow: serverStreamWindow,
-		InitialConnectionReceiveWindow: serverConnWindow, MaxConnectionReceiveWindow: serverConnWindow,
+		InitialStreamReceiveWindow: rpc.StreamWindow, MaxStreamReceiveWindow: serverStreamWindow,
 	}
-	if !server {
+	if server {
+		narrow(c, rpc.SessionCalls, 1<<20)
+	} else {
 		c.InitialStreamReceiveWindow, c.MaxStreamReceiveWindow = clientStreamWindow, clientStreamWindow
 		c.InitialConnectionReceiveWindow, c.MaxConnectionReceiveWindow = clientConnWindow, clientConnWindow
 	}
 	return c
+}
+
+// narrow bounds the requests of a connection, and what the source receives of them by
+// the windows of their streams and some more for those that are read.
+func narrow(c *quic.Config, calls, more int) {
+	c.MaxIncomingStreams = int64(calls)
+	c.InitialConnectionReceiveWindow = uint64(calls*rpc.StreamWindow + more)
+	c.MaxConnectionReceiveWindow = c.InitialConnectionReceiveWindow
+}
+
+// crowd counts the connections of each address, those in their handshake too.
+type crowd struct {
+	mu sync.Mutex
+	n  map[string]int
+}
+
+func host(a net.Addr) string {
+	h, _, _ := net.SplitHostPort(a.String())
+	return h
+}
+
+func (c *crowd) of(a net.Addr) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.n[host(a)]
+}
+
+// add counts one from a until ctx ends.
+func (c *crowd) add(ctx context.Context, a net.Addr) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	h := host(a)
+	c.n[h]++
+	context.AfterFunc(ctx, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.n[h]--; c.n[h] == 0 {
+			delete(c.n, h)
+		}
+	})
 }
 
 // sessions gives each connection a copy of its own: both the library and package tls
@@ -236,7 +279,7 @@ type listener struct {
 }
 
 // Listen implements transport.Network.
-func (t *Transport) Listen(_ context.Context, addr string) (net.Listener, error) {
+func (t *Transport) Listen(_ context.Context, addr string, limits transport.Limits) (net.Listener, error) {
 	a, err := net.ResolveUDPAddr("udp", addr)
 	if err != nil {
 		return nil, err
@@ -254,8 +297,20 @@ func (t *Transport) Listen(_ context.Context, addr string) (net.Listener, error)
 	if err != nil {
 		return nil, err
 	}
-	l := &listener{udp: udp, tr: &quic.Transport{Conn: udp}}
-	if l.l, err = l.tr.ListenEarly(cfg, config(true)); err != nil {
+	seen := &crowd{n: map[string]int{}}
+	l := &listener{udp: udp, tr: &quic.Transport{Conn: udp, ConnContext: func(ctx context.Context, i *quic.ClientInfo) (context.Context, error) {
+		seen.add(ctx, i.RemoteAddr)
+		return ctx, nil
+	}}}
+	conf := config(true)
+	conf.GetConfigForClient = func(i *quic.ClientInfo) (*quic.Config, error) { // just before ConnContext
+		c := config(true)
+		if seen.of(i.RemoteAddr) >= limits.Lanes(rpc.LaneMemory) {
+			narrow(c, rpc.NarrowCalls, serverConnMore)
+		}
+		return c, nil
+	}
+	if l.l, err = l.tr.ListenEarly(cfg, conf); err != nil {
 		return nil, errors.Join(err, l.tr.Close(), udp.Close())
 	}
 	l.ctx, l.stop = context.WithCancel(context.Background())
@@ -603,10 +658,11 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 		nc.Close()
 		return fmt.Errorf("serve QUIC over a connection of %s: %w", nc.RemoteAddr().Network(), region.ErrNotSupported)
 	}
-	s := rpc.NewSession(e, func() { _ = c.q.CloseWithError(2, "no region opened in time") })
+	s := rpc.NewSession(ctx, transport.As(e, transport.Identity(c.q.ConnectionState().TLS)), rpc.SessionOptions{}, func() { _ = c.q.CloseWithError(2, "no region opened, or no request, in time") })
 	defer s.Close()
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { _ = c.q.CloseWithError(0, "") })()
+	stall := transport.PlaceOf(ctx).Limits().Stall
 	var work sync.WaitGroup
 	defer work.Wait()
 	for {
@@ -618,12 +674,13 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 			}
 			return rpc.Ended(ctx, "QUIC", c.over(err))
 		}
-		work.Go(func() { answer(c.q, st, s) })
+		_ = st.SetReadDeadline(time.Now().Add(stall)) // for its head
+		work.Go(func() { answer(c.q, st, s, stall) })
 	}
 }
 
 // answer serves one stream. Its errors are the stream's own.
-func answer(c *quic.Conn, st *quic.Stream, s *rpc.Session) {
+func answer(c *quic.Conn, st *quic.Stream, s *rpc.Session, stall time.Duration) {
 	done := false
 	defer func() {
 		if !done {
@@ -646,7 +703,8 @@ func answer(c *quic.Conn, st *quic.Stream, s *rpc.Session) {
 		return
 	}
 	defer free()
-	if q.Op == rpc.OpWrite && q.Length > 0 && q.Length <= rpc.MaxData {
+	_ = st.SetReadDeadline(time.Now().Add(stall))
+	if q.Op == rpc.OpWrite && q.Length > 0 && q.Length <= s.Most() {
 		p, put := s.Buffer(int(q.Length))
 		defer put()
 		if _, err := io.ReadFull(in, p); err != nil {

@@ -67,14 +67,14 @@ func TestResume(t *testing.T) {
 	}
 	source := func(addr string) (_ string, stop func()) {
 		t.Helper()
-		l, err := (&Transport{}).Listen(t.Context(), addr)
+		l, err := (&Transport{}).Listen(t.Context(), addr, transport.Limits{})
 		if err != nil {
 			t.Fatal(err)
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan error, 1)
 		go func() {
-			done <- transport.Accept(ctx, l, 8, func(ctx context.Context, c net.Conn) { _ = tr.Serve(ctx, c, e) })
+			done <- transport.Accept(ctx, l, transport.Limits{Connections: 8}, nil, func(ctx context.Context, c net.Conn) { _ = tr.Serve(ctx, c, e) })
 		}()
 		return l.Addr().String(), func() {
 			cancel()

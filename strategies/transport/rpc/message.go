@@ -61,6 +61,8 @@ type Request struct {
 	Name   string `json:"name,omitempty"`
 	Writer string `json:"writer,omitempty"`
 	Data   []byte `json:"data,omitempty"`
+
+	Free func() `json:"-"` // gives back what Session.Admit gave, for transports that admit a request before its method is called
 }
 
 // Reply is the answer.
@@ -88,6 +90,17 @@ func (r *Reply) Release() {
 	if r.release != nil {
 		r.release()
 		r.release = nil
+	}
+}
+
+// After makes Release call f too.
+func (r *Reply) After(f func()) {
+	first := r.release
+	r.release = func() {
+		if first != nil {
+			first()
+		}
+		f()
 	}
 }
 

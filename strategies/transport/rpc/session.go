@@ -8,28 +8,41 @@ import (
 	"sync/atomic"
 	"time"
 
-	"golang.org/x/sync/semaphore"
-
 	"memsync/strategies/region"
 	"memsync/strategies/transport"
 	"memsync/strategies/transport/flow"
 )
 
 const (
-	sessionMemory = 16 << 20 // bytes of data of one connection that are under way
 	requestWeight = 64 << 10 // what a request counts for at least
-	// SessionCalls is how many requests of one connection a source works at together.
+	// SessionCalls is how many requests of one connection a source works at together
+	// at most.
 	SessionCalls = 64
+	// NarrowCalls is how many where the peer has more connections than there is memory for.
+	NarrowCalls = 4
+	// LaneMemory is what SessionCalls requests that nobody has looked at may take.
+	LaneMemory = SessionCalls * 64 << 10
+
+	// StreamWindow is what a library receives of a request that nobody has admitted yet,
+	// where its requests are streams of their own with flow control.
+	StreamWindow = 72 << 10
 )
 
 // Session is the source's side of one connection: a region, once it is open, and
 // what its peer may do with it. Its methods may be called concurrently.
 type Session struct {
 	exports transport.Exports
-	memory  *semaphore.Weighted
+	place   *transport.Place
+	in      *Inbound // nil where a library has flow control of its own
+	most    int64    // bytes of data in one request
+	copies  int64    // of a request's data that the library makes
+	calls   int
+	lane    func() // gives back what calls takes of the memory; nil where that is nothing
 	buffers flow.Buffers
 
 	silent *time.Timer // closes a connection that opens nothing
+	idle   *time.Timer // closes one that asks for nothing; nil where it may
+	busy   atomic.Int64
 
 	mu    sync.Mutex
 	open  atomic.Pointer[opened]
@@ -43,11 +56,56 @@ type opened struct {
 	ro     bool
 }
 
-// NewSession begins the source's side of a connection that may open one of e. hangUp
-// is called where it has opened none within HandshakeTimeout.
-func NewSession(e transport.Exports, hangUp func()) *Session {
-	return &Session{exports: e, memory: semaphore.NewWeighted(sessionMemory), silent: time.AfterFunc(HandshakeTimeout, hangUp)}
+// SessionOptions say how the library of a transport goes about memory.
+type SessionOptions struct {
+	In     *Inbound // the connection that it reads; nil where each request is a stream with flow control
+	Copies int64    // of a request's data that it makes; 0 is 1
 }
+
+// NewSession begins the source's side of a connection that may open one of e, with the
+// limits of its Place (transport.PlaceOf). hangUp is called, once or more, where it has
+// opened no region in time, or asks for nothing for too long.
+func NewSession(ctx context.Context, e transport.Exports, o SessionOptions, hangUp func()) *Session {
+	p := transport.PlaceOf(ctx)
+	l := p.Limits()
+	s := &Session{exports: e, place: p, in: o.In, most: Most(ctx), copies: max(o.Copies, 1), calls: SessionCalls, silent: time.AfterFunc(l.Handshake, hangUp)}
+	if l.Idle > 0 {
+		s.idle = time.AfterFunc(l.Idle, func() {
+			if s.busy.Load() == 0 {
+				hangUp()
+			}
+		})
+	}
+	if s.in != nil {
+		s.Hold(ctx, s.in)
+	} else if s.lane = p.TryAhead(LaneMemory); s.lane == nil {
+		s.calls = NarrowCalls // the peer has several connections already
+	}
+	return s
+}
+
+// Hold makes the session hold its peer to what there is memory for, by the connection
+// that its library reads. From here on requests come one after another.
+func (s *Session) Hold(ctx context.Context, in *Inbound) {
+	s.in = in
+	in.begin(ctx, s.place, s.most*s.copies+MaxHead)
+}
+
+// Most is the most bytes of data in one request of a connection that is served with
+// ctx: 1 MiB, unless the Limits say more or less.
+func Most(ctx context.Context) int64 {
+	p := transport.PlaceOf(ctx)
+	if p.Limits().Request == 0 {
+		return defaultMessage
+	}
+	return p.Request(MaxData)
+}
+
+// Most is the most bytes of data in one request.
+func (s *Session) Most() int64 { return s.most }
+
+// Calls is how many requests of the connection may be under way.
+func (s *Session) Calls() int { return s.calls }
 
 // Close gives up the lease to write. Requests must have ended.
 func (s *Session) Close() {
@@ -55,13 +113,23 @@ func (s *Session) Close() {
 	defer s.mu.Unlock()
 	s.ended = true
 	s.silent.Stop()
+	if s.idle != nil {
+		s.idle.Stop()
+	}
+	if s.lane != nil {
+		s.lane()
+		s.lane = nil
+	}
+	if s.in != nil {
+		s.in.end()
+	}
 	if o := s.open.Load(); o != nil {
 		o.grant.End()
 	}
 }
 
 // Handle carries out one request and returns its reply, which must be released
-// once it is sent. It blocks while more than 16 MiB of data are under way.
+// once it is sent.
 func (s *Session) Handle(ctx context.Context, q *Request) *Reply {
 	r := &Reply{ID: q.ID}
 	if err := s.handle(ctx, q, r); err != nil {
@@ -89,8 +157,8 @@ func (s *Session) handle(ctx context.Context, q *Request, r *Reply) error {
 	if q.Op == OpWrite && q.Length != int64(len(q.Data)) || q.Op != OpWrite && len(q.Data) > 0 {
 		return fmt.Errorf("%v of %d bytes with %d bytes of data: %w", q.Op, q.Length, len(q.Data), ErrProtocol)
 	}
-	if (q.Op == OpRead || q.Op == OpWrite) && q.Length > MaxData {
-		return fmt.Errorf("%v of %d bytes, the limit is %d: %w", q.Op, q.Length, MaxData, ErrProtocol)
+	if (q.Op == OpRead || q.Op == OpWrite) && q.Length > s.most {
+		return fmt.Errorf("%v of %d bytes, the limit is %d: %w", q.Op, q.Length, s.most, ErrProtocol)
 	}
 	if q.Op.writes() {
 		if o.ro {
@@ -131,17 +199,52 @@ func (s *Session) handle(ctx context.Context, q *Request, r *Reply) error {
 	return fmt.Errorf("%v: %w", q.Op, region.ErrNotSupported)
 }
 
-// Admit waits for the memory of a request that is about to be received or
-// answered. free gives it back.
+// Admit waits for the memory of a request that was received, or is about to be, and
+// will be answered. free gives it back.
 func (s *Session) Admit(ctx context.Context, q *Request) (free func(), err error) {
 	n := int64(requestWeight)
 	if q.Op == OpRead || q.Op == OpWrite {
-		n = max(n, min(q.Length, MaxData))
+		n = max(n, min(max(q.Length, 0), s.most)*s.copies)
 	}
-	if err := s.memory.Acquire(ctx, n); err != nil {
+	s.busy.Add(1)
+	give, err := s.place.Work(ctx, n)
+	if s.in != nil {
+		s.in.delivered(int64(len(q.Data)) * 3 / 2) // base64 has a third more
+	}
+	if err != nil {
+		s.rest()
 		return nil, err
 	}
-	return func() { s.memory.Release(n) }, nil
+	return func() { give(); s.rest() }, nil
+}
+
+// rest ends a request, and begins to count the time without one.
+func (s *Session) rest() {
+	if s.busy.Add(-1) == 0 && s.idle != nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if !s.ended {
+			s.idle.Reset(s.place.Limits().Idle)
+		}
+	}
+}
+
+// Turn waits for the memory of a request that is about to be received whole, however
+// long it is, and then for that of Admit. hangUp is called where the request is not
+// there in time.
+func (s *Session) Turn(ctx context.Context, q *Request, recv func() error, hangUp func()) (free func(), err error) {
+	give, err := s.place.Receive(ctx, s.most+MaxHead)
+	if err != nil {
+		return nil, err
+	}
+	defer give()
+	late := time.AfterFunc(s.place.Limits().Stall, hangUp)
+	err = recv()
+	late.Stop()
+	if err != nil {
+		return nil, err
+	}
+	return s.Admit(ctx, q)
 }
 
 // Buffer lends n bytes, at most MaxData, for the data of a request.
@@ -209,7 +312,7 @@ func (s *Session) opening(q *Request, r *Reply) (err error) {
 	return nil
 }
 
-// Stream answers requests that recv gives, SessionCalls at a time, by send, until
+// Stream answers requests that recv gives, Calls at a time, by send, until
 // recv fails. Its error is recv's or send's; io.EOF is for the caller to judge.
 // recv must fill a Request whose Data stay valid until its reply is sent.
 func (s *Session) Stream(ctx context.Context, recv func(*Request) error, send func(*Reply) error) error {
@@ -218,7 +321,7 @@ func (s *Session) Stream(ctx context.Context, recv func(*Request) error, send fu
 	var sending sync.Mutex
 	var work sync.WaitGroup
 	defer work.Wait()
-	places := make(chan struct{}, SessionCalls)
+	places := make(chan struct{}, s.calls)
 	for {
 		q := new(Request)
 		if err := recv(q); err != nil {

@@ -81,7 +81,7 @@ type source struct {
 
 func serve(t *testing.T, tr transport.Transport, e transport.Exports) *source {
 	t.Helper()
-	l, err := transport.Listen(t.Context(), tr, "127.0.0.1:0")
+	l, err := transport.Listen(t.Context(), tr, "127.0.0.1:0", transport.Limits{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,7 +89,7 @@ func serve(t *testing.T, tr transport.Transport, e transport.Exports) *source {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() {
-		done <- transport.Accept(ctx, l, 64, func(ctx context.Context, c net.Conn) {
+		done <- transport.Accept(ctx, l, transport.Limits{Connections: 512, PeerConnections: 512, Request: 32 << 20}, func(err error) { t.Error(err) }, func(ctx context.Context, c net.Conn) {
 			if err := tr.Serve(ctx, c, e); err != nil && ctx.Err() == nil {
 				s.mu.Lock()
 				s.errs = append(s.errs, err)
