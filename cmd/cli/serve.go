@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -41,6 +42,7 @@ type serveOptions struct {
 	insecure  bool
 	limits    transport.Limits
 	tls       string
+	allow     string
 	transport string
 	metrics   string
 	asJSON    bool
@@ -66,6 +68,7 @@ client flushed is on disk. Runs until SIGINT or SIGTERM, and then exits with 130
   memsync serve a=disk.img b=/dev/vdb --read-only --listen 127.0.0.1:0
   memsync serve disk.img --listen unix:/run/memsync.sock
   memsync serve disk.img --listen 10.0.0.1:10809 --tls /etc/memsync/tls
+  memsync serve disk.img --listen 10.0.0.1:10809 --tls /etc/memsync/tls --allow /etc/memsync/allow
   memsync serve disk.img --listen 10.0.0.1:10809 --insecure
   memsync serve disk.img --transport quic --metrics 127.0.0.1:9100`,
 		RunE: func(_ *cobra.Command, args []string) error { return serve(s, o, args) },
@@ -79,8 +82,25 @@ client flushed is on disk. Runs until SIGINT or SIGTERM, and then exits with 130
 	f.BoolVar(&o.readOnly, "read-only", false, "refuse writes; FILE needs to be readable only")
 	f.BoolVar(&o.insecure, "insecure", false, "answer on an address that is not loopback, without TLS: whoever reaches it can read and write")
 	f.StringVar(&o.tls, "tls", "", "insist on TLS 1.3 and on a certificate of each client, with ca-cert.pem, server-cert.pem and server-key.pem of `DIR` (memsync certs), which are read anew when they change")
+	f.StringVar(&o.allow, "allow", "", "what each client may do, by `FILE` of lines WHO REGION RIGHTS: WHO is the name in the certificate (memsync certs --client), RIGHTS of read,write,migrate; needs --tls")
 	limitFlags(f, &o.limits)
 	return c
+}
+
+// rules are those of --allow.
+func (o serveOptions) rules() ([]transport.Rule, error) {
+	if o.allow == "" {
+		return nil, nil
+	}
+	if o.tls == "" {
+		return nil, errors.New("without --tls nobody has a name")
+	}
+	f, err := os.Open(o.allow)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return transport.ParseRules(f)
 }
 
 // limitFlags adds the flags of what each client is granted.
@@ -112,6 +132,10 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 		if security.Server, err = cert.ServerConfig(o.tls); err != nil {
 			return exitWith(exitUsage, fmt.Errorf("--tls %s: %w", o.tls, err))
 		}
+	}
+	rules, err := o.rules()
+	if err != nil {
+		return exitWith(exitUsage, fmt.Errorf("--allow %s: %w", o.allow, err))
 	}
 	t, err := all.SecureTransport(o.transport, security)
 	if err != nil {
@@ -161,6 +185,9 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 		stores = append(stores, counted)
 		exports = append(exports, transport.Export{Name: name, Store: counted})
 	}
+	if s.env("GOMEMLIMIT") == "" { // garbage is collected in time for what clients may hold to be what there is
+		debug.SetMemoryLimit(max(o.limits.Memory, transport.Limits{}.Defaults().Memory))
+	}
 	began := time.Now()
 	var address atomic.Pointer[string] // once it is known
 	status := func() mount.Status {
@@ -200,7 +227,10 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 	}
 	fmt.Fprintf(s.stderr, "serving %d regions on %s\n", len(exports), l.Addr())
 	notify(s, "READY=1", fmt.Sprintf("STATUS=serving %d regions on %s", len(exports), l.Addr()))
-	leases := transport.NewLeases(exports)
+	var leases transport.Exports = transport.NewLeases(exports)
+	if o.allow != "" {
+		leases = transport.NewAccess(leases, rules)
+	}
 	refused := func(err error) { fmt.Fprintf(s.stderr, "refused: %v\n", err) }
 	err = transport.Accept(s.ctx, l, o.limits, refused, func(ctx context.Context, c net.Conn) {
 		peer := c.RemoteAddr()

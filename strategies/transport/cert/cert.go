@@ -109,7 +109,25 @@ func (a *Authority) Expires() time.Time { return a.cert.NotAfter }
 // files of an earlier one; who uses them goes on and takes the new ones for its
 // next connection.
 func (a *Authority) Issue(name string, hosts []string, valid time.Duration) (expires time.Time, err error) {
-	c, err := template("memsync "+name, valid)
+	return a.issue(a.dir, name, "memsync "+name, hosts, valid)
+}
+
+// IssueClient makes a key and a certificate for the client called who, whom a server
+// tells from others by that name, in the folder of that name below the CA's, with a copy
+// of the CA's certificate: the folder is all that the client needs.
+func (a *Authority) IssueClient(who string, valid time.Duration) (expires time.Time, err error) {
+	dir := filepath.Join(a.dir, who)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return expires, err
+	}
+	if err := put(dir, file(dir, "ca", "cert"), "CERTIFICATE", a.cert.Raw, 0o644); err != nil {
+		return expires, err
+	}
+	return a.issue(dir, Client, who, nil, valid)
+}
+
+func (a *Authority) issue(dir, name, subject string, hosts []string, valid time.Duration) (expires time.Time, err error) {
+	c, err := template(subject, valid)
 	if err != nil {
 		return expires, err
 	}
@@ -136,7 +154,7 @@ func (a *Authority) Issue(name string, hosts []string, valid time.Duration) (exp
 	if err != nil {
 		return expires, err
 	}
-	return c.NotAfter, write(a.dir, name, der, key)
+	return c.NotAfter, write(dir, name, der, key)
 }
 
 // write replaces name's files. Between the two a reader may find a pair that does
@@ -146,20 +164,22 @@ func write(dir, name string, der []byte, key *ecdsa.PrivateKey) error {
 	if err != nil {
 		return err
 	}
-	put := func(path, kind string, b []byte, mode fs.FileMode) error {
-		f, err := os.CreateTemp(dir, ".new-*")
-		if err != nil {
-			return err
-		}
-		defer os.Remove(f.Name())
-		err = pem.Encode(f, &pem.Block{Type: kind, Bytes: b})
-		err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
-		if err == nil {
-			err = os.Rename(f.Name(), path)
-		}
+	return errors.Join(put(dir, file(dir, name, "key"), "PRIVATE KEY", k, 0o600), put(dir, file(dir, name, "cert"), "CERTIFICATE", der, 0o644))
+}
+
+// put makes or replaces one file of dir.
+func put(dir, path, kind string, b []byte, mode fs.FileMode) error {
+	f, err := os.CreateTemp(dir, ".new-*")
+	if err != nil {
 		return err
 	}
-	return errors.Join(put(file(dir, name, "key"), "PRIVATE KEY", k, 0o600), put(file(dir, name, "cert"), "CERTIFICATE", der, 0o644))
+	defer os.Remove(f.Name())
+	err = pem.Encode(f, &pem.Block{Type: kind, Bytes: b})
+	err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	return err
 }
 
 // ServerConfig is the configuration of a source with the certificates of dir: TLS

@@ -251,7 +251,7 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 	// The library looks at the context where it does not read (see link.call).
 	serving, hangUp := context.WithCancel(ctx)
 	defer hangUp()
-	s := rpc.NewSession(ctx, transport.As(e, rpc.Identity(nc)), rpc.SessionOptions{In: in, Copies: 2}, hangUp)
+	s := rpc.NewSession(ctx, e, rpc.SessionOptions{In: in, Copies: 2, Who: rpc.Identity(nc)}, hangUp)
 	defer s.Close()
 	defer context.AfterFunc(serving, func() { _ = w.Close() })()
 	err = drpcserver.NewWithOptions(&server{Session: s}, drpcserver.Options{Manager: manager(int(rpc.Most(ctx) + rpc.MaxHead))}).ServeOne(serving, w)

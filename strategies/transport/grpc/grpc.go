@@ -161,7 +161,7 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 	in := rpc.NewInbound(nc)
 	w := rpc.Watch(in)
 	hangUp := func() { _ = w.Close() }
-	s := &server{Session: rpc.NewSession(ctx, transport.As(e, rpc.Identity(nc)), rpc.SessionOptions{}, hangUp), in: in, hangUp: hangUp}
+	s := &server{Session: rpc.NewSession(ctx, e, rpc.SessionOptions{Who: rpc.Identity(nc)}, hangUp), in: in, hangUp: hangUp}
 	defer s.Close()
 	message := int(rpc.Most(ctx) + rpc.MaxHead)
 	// Each connection has a server of its own: what it may do is the connection's.

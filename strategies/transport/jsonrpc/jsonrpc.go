@@ -135,7 +135,7 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 	}
 	in := own.NewInbound(nc)
 	w := own.Watch(in)
-	s := own.NewSession(ctx, transport.As(e, own.Identity(nc)), own.SessionOptions{In: in, Copies: copies}, func() { _ = w.Close() })
+	s := own.NewSession(ctx, e, own.SessionOptions{In: in, Copies: copies, Who: own.Identity(nc)}, func() { _ = w.Close() })
 	defer s.Close()
 	work, cancel := context.WithCancel(ctx)
 	defer cancel()

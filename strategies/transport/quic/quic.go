@@ -658,7 +658,7 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 		nc.Close()
 		return fmt.Errorf("serve QUIC over a connection of %s: %w", nc.RemoteAddr().Network(), region.ErrNotSupported)
 	}
-	s := rpc.NewSession(ctx, transport.As(e, transport.Identity(c.q.ConnectionState().TLS)), rpc.SessionOptions{}, func() { _ = c.q.CloseWithError(2, "no region opened, or no request, in time") })
+	s := rpc.NewSession(ctx, e, rpc.SessionOptions{Who: func() string { return transport.Identity(c.q.ConnectionState().TLS) }}, func() { _ = c.q.CloseWithError(2, "no region opened, or no request, in time") })
 	defer s.Close()
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { _ = c.q.CloseWithError(0, "") })()

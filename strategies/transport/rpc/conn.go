@@ -55,12 +55,14 @@ func Secure(ctx context.Context, nc net.Conn, t transport.TLS, protocols ...stri
 	return c, nil
 }
 
-// Identity is the name that the peer's certificate gives it, or "" where c is not TLS.
-func Identity(c net.Conn) string {
-	if t, ok := c.(*tls.Conn); ok {
-		return transport.Identity(t.ConnectionState())
+// Identity is the SessionOptions.Who of a connection whose handshake has ended.
+func Identity(c net.Conn) func() string {
+	return func() string {
+		if t, ok := c.(*tls.Conn); ok {
+			return transport.Identity(t.ConnectionState())
+		}
+		return ""
 	}
-	return ""
 }
 
 // Watched is a connection that tells when it was closed.

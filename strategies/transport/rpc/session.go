@@ -32,6 +32,7 @@ const (
 // what its peer may do with it. Its methods may be called concurrently.
 type Session struct {
 	exports transport.Exports
+	who     func() string
 	place   *transport.Place
 	in      *Inbound // nil where a library has flow control of its own
 	most    int64    // bytes of data in one request
@@ -60,6 +61,9 @@ type opened struct {
 type SessionOptions struct {
 	In     *Inbound // the connection that it reads; nil where each request is a stream with flow control
 	Copies int64    // of a request's data that it makes; 0 is 1
+	// Who returns the name that the peer's certificate gives it, "" without one. It is
+	// asked when the peer opens a region, and so after its part of a handshake.
+	Who func() string
 }
 
 // NewSession begins the source's side of a connection that may open one of e, with the
@@ -68,7 +72,7 @@ type SessionOptions struct {
 func NewSession(ctx context.Context, e transport.Exports, o SessionOptions, hangUp func()) *Session {
 	p := transport.PlaceOf(ctx)
 	l := p.Limits()
-	s := &Session{exports: e, place: p, in: o.In, most: Most(ctx), copies: max(o.Copies, 1), calls: SessionCalls, silent: time.AfterFunc(l.Handshake, hangUp)}
+	s := &Session{exports: e, who: o.Who, place: p, in: o.In, most: Most(ctx), copies: max(o.Copies, 1), calls: SessionCalls, silent: time.AfterFunc(l.Handshake, hangUp)}
 	if l.Idle > 0 {
 		s.idle = time.AfterFunc(l.Idle, func() {
 			if s.busy.Load() == 0 {
@@ -275,7 +279,8 @@ func (s *Session) opening(q *Request, r *Reply) (err error) {
 		return fmt.Errorf("a second open on one connection: %w", ErrProtocol)
 	}
 	o := &opened{}
-	if o.store, err = s.exports.Open(q.Name); err != nil {
+	exports := transport.As(s.exports, s.who())
+	if o.store, err = exports.Open(q.Name); err != nil {
 		return err
 	}
 	if b, ok := o.store.(region.Blocker); ok && b.Blocks().Minimum > 1 {
@@ -285,7 +290,7 @@ func (s *Session) opening(q *Request, r *Reply) (err error) {
 	if w, ok := o.store.(region.ReadOnlyer); ok {
 		o.ro = w.ReadOnly()
 	}
-	if l, ok := s.exports.(transport.Leaser); ok {
+	if l, ok := exports.(transport.Leaser); ok {
 		if o.grant, err = l.Lease(q.Name, q.Writer); err != nil {
 			return err
 		}
