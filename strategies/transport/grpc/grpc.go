@@ -167,7 +167,7 @@ func (t *Transport) Serve(ctx context.Context, nc net.Conn, e transport.Exports)
 	// Each connection has a server of its own: what it may do is the connection's.
 	g := grpc.NewServer(grpc.ForceServerCodecV2(codec{}), grpc.MaxRecvMsgSize(message), grpc.MaxSendMsgSize(maxMessage),
 		grpc.MaxConcurrentStreams(uint32(s.Calls())), grpc.InitialWindowSize(serverWindow), grpc.InitialConnWindowSize(connWindow),
-		grpc.ReadBufferSize(32<<10), grpc.WriteBufferSize(128<<10), grpc.SharedWriteBuffer(true), grpc.MaxHeaderListSize(8<<10),
+		grpc.ReadBufferSize(32<<10), grpc.WriteBufferSize(128<<10), grpc.MaxHeaderListSize(8<<10),
 		grpc.ConnectionTimeout(transport.PlaceOf(ctx).Limits().Handshake), grpc.WaitForHandlers(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepAlive, Timeout: keepAlive}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepAlive / 2, PermitWithoutStream: true}))
