@@ -16,7 +16,7 @@ func entrants() []results.FigureSeries {
 		{Key: "memory/", Label: "memory (baseline)"}, {Key: "disk/", Label: "disk (baseline)"},
 		{Key: "userfaultfd/none", Label: "userfaultfd"}, {Key: "userfaultfd/all", Label: "userfaultfd, prefetch"},
 		{Key: "direct-mount/", Label: "direct mount"}, {Key: "managed-mount/", Label: "managed mount"}, {Key: "nbd-direct/", Label: "NBD alone"},
-		{Key: "hashsync/", Label: "hashsync"}, {Key: "migration/", Label: "migration"}, {Key: "snapshot/", Label: "snapshot"},
+		{Key: "hashsync/", Label: "hashsync"}, {Key: "download/", Label: "download (HTTP)"}, {Key: "migration/", Label: "migration"}, {Key: "snapshot/", Label: "snapshot"},
 	}
 }
 
@@ -86,6 +86,7 @@ func allStrategies() Figure {
 			add(s, "read", fill[s]...)
 		}
 		add("userfaultfd", "read", "prefetch=all")
+		add("download", "read")
 		for _, s := range remotes {
 			add(s, "mixed", fill[s]...)
 			c := add(s, OpSync, fill[s]...)

@@ -26,6 +26,7 @@ var layers = []struct {
 	{"strategies/probe", 4, false},
 	{"strategies/baseline", 4, false},
 	{"strategies/direct", 4, false},
+	{"strategies/download", 4, false},
 	{"strategies/hashsync", 4, false},
 	{"strategies/managed", 4, false},
 	{"strategies/migration", 4, false},

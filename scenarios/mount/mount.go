@@ -76,6 +76,8 @@ func unfit(i strategies.Info) error {
 		why = "it has no source on another host; " + instead
 	case !i.Can(strategies.Reads) || !paths && i.Can(strategies.Follows):
 		why = "it keeps a copy in memory that has no path; " + instead
+	case !paths && i.Can(strategies.Copies):
+		why = "it copies the region first, from a source of a run that speaks HTTP; " + instead
 	case i.Can(strategies.Migrates):
 		why = "its source must be a memory that a program gives away, not a served file; " + instead
 	case !paths:

@@ -13,6 +13,7 @@ import (
 	"memsync/strategies/device"
 	"memsync/strategies/device/uffd"
 	"memsync/strategies/direct"
+	"memsync/strategies/download"
 	"memsync/strategies/hashsync"
 	"memsync/strategies/managed"
 	"memsync/strategies/migration"
@@ -41,6 +42,7 @@ func Registry() strategies.Registry {
 		hashsync.Strategy{},
 		migration.Strategy{},
 		snapshot.Strategy{},
+		download.Strategy{},
 	}
 }
 
