@@ -95,7 +95,7 @@ another host writes the region; 6 wrong usage, a path in use, or no such region.
 		"strategy":  func() []string { return mount.Mountable(s.program.Strategies) },
 		"device":    func() []string { return []string{"fuse", "nbd"} },
 		"transport": all.TransportNames,
-		"mode":      func() []string { return []string{"0600", "0640", "0644", "0444"} },
+		"mode":      func() []string { return []string{"0600", "0640", "0644", "0444", "0755"} },
 	})
 	return c
 }

@@ -62,7 +62,7 @@ type Options struct {
 	// a region.Viewer, whose reads cost no round trip.
 	Chunk    int64
 	ReadOnly bool
-	// Mode has the file's permission bits, judged by the kernel; the owner is who
+	// Mode has the file's permission bits, judged by the kernel, without x bits not even root executes it; the owner is who
 	// mounts. 0 is 0600. ReadOnly takes the bits for writing away.
 	Mode   os.FileMode
 	Params param.Values // of Params; the zero value means the defaults

@@ -64,7 +64,10 @@ func checkDevice(fd int) error {
 // mountFile mounts the FUSE connection fd over the regular file at path. The
 // root inode itself is a regular file (rootmode), so that no folder is needed.
 func mountFile(fd int, path string, readOnly bool, mode uint32, maxRead int64) error {
-	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_NOATIME)
+	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOATIME)
+	if mode&0o111 == 0 {
+		flags |= unix.MS_NOEXEC // what a source sends is executed only where that was asked for
+	}
 	if readOnly {
 		flags |= unix.MS_RDONLY
 	}
