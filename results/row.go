@@ -168,7 +168,7 @@ var columns = [...]Column{
 	{"region_bytes", "size of the region, B", true, func(r *Row) any { return &r.RegionBytes }},
 	{"chunk_bytes", "unit that the strategy tracks and moves, B", true, func(r *Row) any { return &r.ChunkBytes }},
 	{"op", "read, write, mixed, migrate, sync or snapshot", true, func(r *Row) any { return &r.Op }},
-	{"access", "seq, random, reverse, zipf or trace:FILE", true, func(r *Row) any { return &r.Access }},
+	{"access", "seq, random, random:SIZE, reverse, zipf, trace:FILE or program:NAME", true, func(r *Row) any { return &r.Access }},
 	{"pull_workers", "background pulls in flight, count", true, func(r *Row) any { return &r.PullWorkers }},
 	{"push_workers", "background pushes in flight, count", true, func(r *Row) any { return &r.PushWorkers }},
 	{"cpus", "placement of the roles, as --cpus; empty is free", true, func(r *Row) any { return &r.CPUs }},

@@ -18,11 +18,13 @@ import (
 	"memsync/netem"
 	"memsync/results"
 	"memsync/scenarios/inputs"
+	"memsync/scenarios/program"
 	"memsync/scenarios/role"
 	"memsync/strategies"
 	"memsync/strategies/all"
 	"memsync/strategies/attach"
 	"memsync/strategies/backend"
+	"memsync/strategies/download"
 	"memsync/strategies/order"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
@@ -73,6 +75,7 @@ type Cell struct {
 	Strategies strategies.Registry
 
 	kernel   string
+	program  *program.Program  // of access program:NAME
 	made     map[string]string // path of each made:NAME in the cell
 	params   param.Values
 	strategy strategies.Strategy
@@ -89,6 +92,15 @@ type usageError struct{ error }
 
 func (e *usageError) Is(target error) bool { return target == ErrUsage }
 func (e *usageError) Unwrap() error        { return e.error }
+
+// Accesses lists the access patterns that need no file.
+func Accesses() []string {
+	list := role.Accesses()
+	for _, name := range inputs.Programs() {
+		list = append(list, role.ProgramPrefix+name)
+	}
+	return list
+}
 
 // OpSync: a writer at the source, destinations that follow.
 const OpSync = "sync"
@@ -143,6 +155,9 @@ func (c *Cell) Resolve() error {
 	def(&c.Via, "map")
 	def(&c.Variant, Network)
 	c.Threads = max(c.Threads, 1)
+	if err := c.pickProgram(); err != nil {
+		return err
+	}
 	madeErr := c.make()
 	if errors.Is(madeErr, ErrUsage) {
 		return madeErr
@@ -228,6 +243,10 @@ func (c *Cell) Resolve() error {
 		return usage("%d files of a region of %d bytes: each has at least a page", files, c.Size)
 	case c.fileSystem() != "none" && (c.Op != "read" || c.Input != ""):
 		return usage("file_system goes with --op read only, and without --input")
+	case c.program != nil && (c.Op != "read" || c.Via != "map" || c.Warm || c.Limit == 0 || files > 1 || c.direct() || c.advice() != attach.AdviceNone):
+		return usage("access %s: the program says itself how it reads the region: no other --op, --via, and settings files, o_direct and advice", c.Access)
+	case c.program == nil && c.params.TextOr("fetch", download.Whole) != download.Whole:
+		return usage("fetch=%s gives a program an address: use --access program:NAME", c.params.Text("fetch"))
 	}
 	if err := c.checkFanOut(); err != nil {
 		return err
@@ -284,6 +303,24 @@ func (c *Cell) whole(info strategies.Info, program bool) error {
 		return fmt.Errorf("strategy %s serves a file: use --backend file, not %s: %w", c.Strategy, c.Backend, region.ErrNotSupported)
 	case info.Whole > 0 && c.Size%info.Whole != 0:
 		return fmt.Errorf("strategy %s serves regions of whole %d bytes, not %d: %w", c.Strategy, info.Whole, c.Size, region.ErrNotSupported)
+	}
+	return nil
+}
+
+// pickProgram finds the program of an access pattern program:NAME, and the input that
+// it is for where none was named.
+func (c *Cell) pickProgram() (err error) {
+	name, ok := role.ProgramOf(c.Access)
+	if !ok {
+		return nil
+	}
+	p, err := inputs.Program(name)
+	if err != nil {
+		return usage("%w", err)
+	}
+	c.program = &p
+	if c.Input == "" {
+		c.Input, c.Size = inputs.Prefix+name, 0
 	}
 	return nil
 }
@@ -523,8 +560,12 @@ func (c *Cell) setup(seed uint64, dir string) role.Setup {
 	for i, kv := range settings {
 		settings[i] = c.real(kv)
 	}
+	mode := os.FileMode(0)
+	if c.program != nil {
+		mode = 0o700 // the program may be the region itself
+	}
 	return role.Setup{
-		Strategy: c.Strategy, Device: c.Device, Transport: c.Transport,
+		Mode: mode, Strategy: c.Strategy, Device: c.Device, Transport: c.Transport,
 		Backend: backend.Spec{Backend: c.Backend, Size: c.Size, Chunk: c.Chunk, Settings: c.backendSettings(),
 			Content: region.Content{Seed: seed}, Input: c.real(c.Input)},
 		Chunk: c.Chunk, PullWorkers: c.PullWorkers, PushWorkers: c.PushWorkers, Settings: settings,
@@ -549,7 +590,7 @@ func (c *Cell) work(seed uint64, dir string) role.Work {
 	return role.Work{
 		Op: c.Op, Access: c.real(c.Access), Threads: c.Threads, Think: c.Think, Limit: c.Limit, Budget: c.Budget, Seed: seed,
 		Size: c.Size, Content: region.Content{Seed: seed}, Input: c.real(c.Input), Via: c.Via, Advice: c.advice(), Direct: c.direct(), Warm: c.Warm,
-		FileSystem: c.fileSystem(), Files: c.params.IntOr("files", 1), Dir: dir,
+		FileSystem: c.fileSystem(), Files: c.params.IntOr("files", 1), Dir: dir, Program: c.program,
 	}
 }
 
@@ -612,6 +653,11 @@ func (c *Cell) Estimate() time.Duration {
 		}
 	}
 	work := moved(n)
+	if c.program != nil && !c.strategy.Info().Can(strategies.Copies) {
+		return d + c.Budget + time.Second
+	} else if c.program != nil {
+		return d + work + c.Budget/4 + time.Second
+	}
 	if demand := c.demand(); demand > 0 {
 		work = max(work, time.Duration(n/demand)*c.Link.RTT)
 	}

@@ -36,6 +36,7 @@ func Figures() []Figure {
 		migrationFigures(),
 		snapshotFigures(),
 		transportFigures(),
+		caseFigures(),
 		allFigures(),
 	)
 }

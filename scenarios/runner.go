@@ -307,7 +307,7 @@ func (r *Runner) Run(ctx context.Context, it Item) (o Outcome) {
 	if it.Cell.Op == OpSync && it.Cell.Link.Rate > 0 {
 		limit += time.Duration(float64(1+it.Cell.params.Int("sync_rounds")) * float64(int64(it.Cell.destinations())*it.Cell.Size*8) / float64(it.Cell.Link.Rate) * 1e9)
 	}
-	if it.Cell.Op != "read" && it.Cell.Link.Rate > 0 { // Sync moves what was written
+	if (it.Cell.Op != "read" || it.Cell.program != nil) && it.Cell.Link.Rate > 0 { // Sync moves what was written, a program what it needs
 		limit += time.Duration(float64(it.Cell.Size*8) / float64(it.Cell.Link.Rate) * 2e9)
 	}
 	rctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("the run takes longer than %v: %w", limit, context.DeadlineExceeded))
@@ -779,6 +779,16 @@ func (r *run) spent(before, after map[string]role.Counters) {
 // touches turns what the workload did into metrics.
 func (r *run) touches(m role.Mounted, t role.Touched) {
 	v := r.out.Values
+	if p := t.Program; p != nil {
+		v["time_to_first_result"] = seconds(t.Start-m.Start) + p.First.Seconds()
+		if p.All {
+			v["time_to_result"] = seconds(t.End - m.Start)
+		}
+		if p.Rated {
+			v["stall_time"] = p.Stalled.Seconds()
+		}
+		return
+	}
 	if t.First > 0 {
 		v["latency_first_chunk"] = seconds(t.First)
 	}

@@ -101,7 +101,7 @@ missing here; 5 not permitted or the link could not be calibrated; 6 wrong usage
 	sizeFlag(f, &k.Chunk, "chunk", 0, "chunk size, a power of two from a page on (default: the strategy's)")
 	f.StringVar(&k.Input, "input", "", "`file` whose content the region has (size: the file's); made:NAME makes one (docs/pull-order.md)")
 	f.StringVar(&k.Op, "op", "read", "read, write, mixed, sync (a writer at the source), migrate (an application that moves) or snapshot (images of what a writer here writes)")
-	f.StringVar(&k.Access, "access", "seq", "seq, random, random:SIZE (blocks), reverse, zipf or trace:FILE (docs/pull-order.md)")
+	f.StringVar(&k.Access, "access", "seq", "seq, random, random:SIZE (blocks), reverse, zipf, trace:FILE (docs/pull-order.md) or program:NAME (docs/cases.md)")
 	f.StringVar(&k.Via, "via", "map", "how the workload accesses the region: map, file (one handle) or path (opened for each access)")
 	f.IntVar(&k.Threads, "threads", 1, "threads of the workload, 1 to 256")
 	durationFlag(f, &k.Think, "think", 0, "pause after each touch")
@@ -119,7 +119,7 @@ missing here; 5 not permitted or the link could not be calibrated; 6 wrong usage
 		"strategy": s.program.Strategies.Names,
 		"device":   func() []string { return append([]string{"auto"}, all.DeviceNames()...) },
 		"profile":  profileNames, "transport": func() []string { return append(all.TransportNames(), "local") },
-		"op": scenarios.Ops, "access": func() []string { return []string{"seq", "random", "reverse", "zipf"} },
+		"op": scenarios.Ops, "access": func() []string { return scenarios.Accesses() },
 		"shaper": func() []string { return []string{"auto", "netem", "tun", "sleep", "none"} },
 	})
 	return c

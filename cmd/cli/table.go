@@ -51,7 +51,7 @@ func seriesIndex(spec results.FigureSpec, r results.Row) int {
 
 // reported are the metrics that measure prints first; the others follow with --json.
 var reported = []string{
-	"open_latency", "latency_first_chunk", "throughput", "time_to_last_byte", "total_time", "link_utilisation", "rate_utilisation",
+	"open_latency", "latency_first_chunk", "throughput", "time_to_last_byte", "time_to_first_result", "time_to_result", "stall_time", "total_time", "link_utilisation", "rate_utilisation",
 	"fault_latency_p50", "fault_latency_p99", "bytes_done", "wire_tx_bytes", "wire_rx_bytes",
 	"staleness", "staleness_p99", "staleness_max", "poll_load", "round_tx_bytes", "round_rx_bytes", "round_tx_bytes_max", "round_tx_bytes_others", "first_equal_time", "last_equal_time", "event_round_time", "event_others_time", "join_time", "detection_time", "store_time", "hash_rate", "floor_read", "hash_ratio",
 	"cpu_source", "cpu_daemon", "cpu_workload", "rss_daemon", "preemptive_pull_bytes", "rtt_measured", "rate_measured", "harness_overhead",

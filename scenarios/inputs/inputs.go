@@ -1,5 +1,6 @@
-// Package inputs makes files as real programs write them, and traces of what
-// real programs read of them, for figures about formats. A name such as
+// Package inputs makes files as real programs write them, traces of what
+// real programs read of them, for figures about formats, and says what programs a
+// user runs on them, for the case studies. A name such as
 // "made:sqlite" stands for the file, "made:sqlite.trace" for what a program
 // reads of it. They are made once and kept in the user's cache folder.
 package inputs
@@ -18,6 +19,7 @@ import (
 	"strings"
 	"time"
 
+	"memsync/scenarios/program"
 	"memsync/strategies/backend"
 	"memsync/strategies/device"
 	"memsync/strategies/order"
@@ -41,19 +43,45 @@ type Input struct {
 	tool string // what must be installed, beside what the programs need
 	pkg  string // Debian's package of it
 	make func(ctx context.Context, dir, file string) error
-	// read returns the program that reads the file, and its standard input. The
+	// read is the program that reads the file. The
 	// variant 0 makes NAME.trace, 1 NAME.other: the same kind of work on other parts.
-	read func(file string, variant uint64) (argv []string, stdin string)
+	read func(variant uint64) program.Step
+	// use is what a user does with it, see Program; nil is nothing that is of interest.
+	use func() []program.Step
 }
 
 // All lists the inputs.
 func All() []Input {
 	return []Input{
-		{"sqlite", "a table of 180,000 rows with an index; sqlite3 looks up 20 of them by the index", "sqlite3", "sqlite3", makeSQLite, readSQLite},
-		{"zip", "an archive of 16,000 members; unzip prints one", "unzip", "unzip", makeZip, readZip},
-		{"ext4", "a file system of 400 folders; debugfs lists 40 of them and reads a file in each", "debugfs", "e2fsprogs", makeExt4, readExt4},
-		{"mp4", "a film whose index is at the end; ffmpeg decodes its first second", "ffmpeg", "ffmpeg", makeMP4, readMP4},
+		{"sqlite", "a table of 180,000 rows with an index; sqlite3 looks up 20 of them by the index", "sqlite3", "sqlite3", makeSQLite, readSQLite, useSQLite},
+		{"zip", "an archive of 16,000 members; unzip prints one", "unzip", "unzip", makeZip, readZip, nil},
+		{"ext4", "a file system of 400 folders; debugfs lists 40 of them and reads a file in each", "debugfs", "e2fsprogs", makeExt4, readExt4, nil},
+		{"mp4", "a film whose index is at the end; ffmpeg decodes its first second", "ffmpeg", "ffmpeg", makeMP4, readMP4, useMP4},
+		{"game", "a game's assets in an archive, those of its 16 levels mixed; unzip reads those of a level", "unzip", "unzip", makeGame, readLevel, useGame},
+		{"app", "a program with its data in one file: sqlite3 with a database behind it; it executes, and looks up 20 rows", "sqlite3", "sqlite3", makeApp, readApp, useApp},
 	}
+}
+
+// Program returns what a user does with the input called name (without Prefix). Errors
+// are as Path's.
+func Program(name string) (program.Program, error) {
+	for _, in := range All() {
+		if in.Name == name && in.use != nil {
+			return program.Program{Name: name, Steps: in.use()}, nil
+		}
+	}
+	return program.Program{}, fmt.Errorf("unknown program %q; valid: %s", name, strings.Join(Programs(), ", "))
+}
+
+// Programs lists the names that Program knows.
+func Programs() []string {
+	var names []string
+	for _, in := range All() {
+		if in.use != nil {
+			names = append(names, in.Name)
+		}
+	}
+	return names
 }
 
 // Names lists all names that Path knows.
@@ -134,12 +162,11 @@ func record(ctx context.Context, in Input, file, dir, out string, variant uint64
 	if err != nil {
 		return err
 	}
-	dev, err := device.Open(ctx, "fuse", recorder, device.Options{Dir: dir, Chunk: 4096, ReadOnly: true, Params: p})
+	dev, err := device.Open(ctx, "fuse", recorder, device.Options{Dir: dir, Chunk: 4096, ReadOnly: true, Mode: 0o500, Params: p})
 	if err != nil {
 		return err
 	}
-	argv, stdin := in.read(dev.Path(), variant)
-	_, err = run(ctx, dir, stdin, argv...)
+	_, err = program.Run(ctx, program.Program{Name: in.Name, Steps: []program.Step{in.read(variant)}}, dev.Path(), dir, 0)
 	if err = errors.Join(err, dev.Close(ctx)); err != nil {
 		return err
 	}
@@ -168,22 +195,62 @@ const sqliteRows = 180_000
 func sqliteKey(id uint64) string { return fmt.Sprintf("%08x", id*2654435761%4294967296) }
 
 func makeSQLite(ctx context.Context, dir, file string) error {
-	_, err := run(ctx, dir, fmt.Sprintf(`pragma journal_mode=off; pragma synchronous=off;
-create table t(id integer primary key, k text, v text);
-with recursive c(x) as (select 1 union all select x+1 from c where x<%d)
-insert into t select x, printf('%%08x', x*2654435761 %% 4294967296), printf('%%0300d', x) from c;
-create index tk on t(k);`, sqliteRows), "sqlite3", file)
+	_, err := run(ctx, dir, sqliteContent, "sqlite3", file)
 	return err
 }
 
-func readSQLite(file string, variant uint64) ([]string, string) {
+// sqliteContent makes a table of sqliteRows rows with an index.
+var sqliteContent = fmt.Sprintf(`pragma journal_mode=off; pragma synchronous=off;
+create table t(id integer primary key, k text, v text);
+with recursive c(x) as (select 1 union all select x+1 from c where x<%d)
+insert into t select x, printf('%%08x', x*2654435761 %% 4294967296), printf('%%0300d', x) from c;
+create index tk on t(k);`, sqliteRows)
+
+// lookUps are statements that find 20 rows by the index, others with each variant.
+func lookUps(variant uint64) string {
 	r := rand.New(rand.NewPCG(variant, 1))
 	var sql strings.Builder
 	for range 20 {
 		fmt.Fprintf(&sql, "select v from t where k='%s';\n", sqliteKey(1+r.Uint64N(sqliteRows)))
 	}
-	return []string{"sqlite3", "file:" + file + "?immutable=1"}, sql.String()
+	return sql.String()
 }
+
+func readSQLite(variant uint64) program.Step {
+	return program.Step{Argv: []string{"sqlite3", "file:" + program.Path + "?immutable=1"}, Stdin: lookUps(variant)}
+}
+
+// useSQLite looks rows up, and then goes through all of them.
+func useSQLite() []program.Step {
+	scan := readSQLite(0)
+	scan.Stdin = "select count(*), sum(length(v)), max(k) from t not indexed;\n"
+	return []program.Step{readSQLite(0), scan}
+}
+
+// makeApp makes one file that is a program and its data: sqlite3 finds a database
+// that was appended to an executable.
+func makeApp(ctx context.Context, dir, file string) error {
+	exe, err := exec.LookPath("sqlite3")
+	if err != nil {
+		return err
+	}
+	b, err := os.ReadFile(exe)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(file, b, 0o600); err != nil {
+		return err
+	}
+	_, err = run(ctx, dir, sqliteContent, "sqlite3", "-append", file)
+	return err
+}
+
+// readApp executes the file itself.
+func readApp(variant uint64) program.Step {
+	return program.Step{Argv: []string{program.Path, "-readonly", "-append", program.Path}, Stdin: lookUps(variant)}
+}
+
+func useApp() []program.Step { return []program.Step{readApp(0), readApp(1)} }
 
 const zipMembers = 16_000
 
@@ -207,10 +274,44 @@ func makeZip(_ context.Context, _, file string) (err error) {
 	return w.Close()
 }
 
-func readZip(file string, variant uint64) ([]string, string) {
+func readZip(variant uint64) program.Step {
 	i := 9000 + 3000*variant
-	return []string{"unzip", "-p", file, fmt.Sprintf("library/part%03d/file%05d.dat", i/100, i)}, ""
+	return program.Step{Argv: []string{"unzip", "-p", program.Path, fmt.Sprintf("library/part%03d/file%05d.dat", i/100, i)}}
 }
+
+const (
+	gameLevels = 16
+	gameAssets = 256 // of 256 KiB each, a sixteenth of them each level's
+)
+
+// makeGame makes an archive as game engines read them (PK3 files are zip archives):
+// textures, models and sounds of all levels, in the order in which tools packed them.
+func makeGame(_ context.Context, _, file string) (err error) {
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	w := zip.NewWriter(f)
+	data := rand.NewChaCha8([32]byte{2}) // does not compress
+	for _, i := range rand.New(rand.NewPCG(2, 2)).Perm(gameAssets) {
+		e, err := w.CreateHeader(&zip.FileHeader{Name: fmt.Sprintf("level%02d/asset%03d.dat", 1+i%gameLevels, i), Method: zip.Store})
+		if err != nil {
+			return err
+		}
+		if _, err := io.CopyN(e, data, Size/gameAssets); err != nil {
+			return err
+		}
+	}
+	return w.Close()
+}
+
+// readLevel loads a level: what must be read before it can be played.
+func readLevel(variant uint64) program.Step {
+	return program.Step{Argv: []string{"unzip", "-p", program.Path, fmt.Sprintf("level%02d/*", 1+variant)}}
+}
+
+func useGame() []program.Step { return []program.Step{readLevel(0), readLevel(1), readLevel(2)} }
 
 const (
 	ext4Folders = 400
@@ -233,14 +334,14 @@ func makeExt4(ctx context.Context, dir, file string) error {
 	return err
 }
 
-func readExt4(file string, variant uint64) ([]string, string) {
+func readExt4(variant uint64) program.Step {
 	r := rand.New(rand.NewPCG(variant, 2))
 	var commands strings.Builder
 	for range 40 {
 		f := r.IntN(ext4Folders)
 		fmt.Fprintf(&commands, "ls -l /folder%03d\ncat /folder%03d/file%02d\n", f, f, r.IntN(ext4Files))
 	}
-	return []string{"debugfs", "-f", "-", file}, commands.String()
+	return program.Step{Argv: []string{"debugfs", "-f", "-", program.Path}, Stdin: commands.String()}
 }
 
 func makeMP4(ctx context.Context, dir, file string) error {
@@ -252,6 +353,18 @@ func makeMP4(ctx context.Context, dir, file string) error {
 	return os.Rename(made, file)
 }
 
-func readMP4(file string, variant uint64) ([]string, string) {
-	return []string{"ffmpeg", "-v", "error", "-f", "mp4", "-ss", fmt.Sprint(15 * variant), "-i", file, "-t", "1", "-f", "null", "-"}, ""
+func readMP4(variant uint64) program.Step {
+	return program.Step{Argv: []string{"ffmpeg", "-v", "error", "-f", "mp4", "-ss", fmt.Sprint(15 * variant), "-i", program.Path, "-t", "1", "-f", "null", "-"}}
+}
+
+// useMP4 shows the first frame, and then plays 10 seconds: a line with a hash of each
+// frame is what is seen.
+func useMP4() []program.Step {
+	show := func(args ...string) program.Step {
+		argv := append([]string{"ffmpeg", "-v", "error", "-f", "mp4", "-i", program.Path}, args...)
+		return program.Step{Argv: append(argv, "-an", "-f", "framecrc", "-flush_packets", "1", "-")}
+	}
+	play := show("-t", "10")
+	play.Rate = 25 // testsrc2's frames a second
+	return []program.Step{show("-frames:v", "1"), play}
 }

@@ -61,7 +61,7 @@ func TestPath(t *testing.T) {
 			}
 		})
 	}
-	for _, bad := range []string{"made:", "made:tape", "made:zip.", "made:zip.x", "zip"} {
+	for _, bad := range []string{"made:", "made:nothing", "made:zip.", "made:zip.x", "zip"} {
 		if _, err := Path(t.Context(), bad); err == nil || !strings.Contains(err.Error(), "made:sqlite") {
 			t.Errorf("Path(%q) = %v", bad, err)
 		}

@@ -19,9 +19,24 @@ func Accesses() []string { return []string{"seq", "random", "reverse", "zipf"} }
 // (docs/pull-order.md), in its order, as fast as they come.
 const tracePrefix = "trace:"
 
+// ProgramPrefix begins the access pattern "program:NAME": a real program works on the
+// region (package program), in place of the workload's own touches.
+const ProgramPrefix = "program:"
+
+// ProgramOf returns the name in an access pattern "program:NAME".
+func ProgramOf(access string) (name string, ok bool) {
+	return strings.CutPrefix(access, ProgramPrefix)
+}
+
 // CheckAccess returns an error that lists the valid patterns unless name is one
 // that threads threads can follow. It opens no file.
 func CheckAccess(name string, threads int) error {
+	if file, ok := ProgramOf(name); ok && file != "" {
+		if threads > 1 {
+			return fmt.Errorf("access pattern %s with %d threads: a program has its own", name, threads)
+		}
+		return nil
+	}
 	if file, ok := strings.CutPrefix(name, tracePrefix); ok && file != "" {
 		if threads > 1 {
 			return fmt.Errorf("access pattern %s with %d threads: a trace is one thread's", name, threads)
@@ -31,7 +46,7 @@ func CheckAccess(name string, threads int) error {
 	if _, ok := blockOf(name); ok || slices.Contains(Accesses(), name) {
 		return nil
 	}
-	return fmt.Errorf("unknown access pattern %q; valid: %s, random:SIZE (whole pages), trace:FILE", name, strings.Join(Accesses(), ", "))
+	return fmt.Errorf("unknown access pattern %q; valid: %s, random:SIZE (whole pages), trace:FILE, program:NAME", name, strings.Join(Accesses(), ", "))
 }
 
 // blockOf returns the pages of a block of the pattern random:SIZE.

@@ -35,6 +35,7 @@ type Setup struct {
 	Pwrite      bool         `json:"pwrite"`  // op sync: the writer does not map
 	Sleep       int64        `json:"sleep"`   // ns before each call of a local store (the sleep shaper)
 	Migrate     bool         `json:"migrate"` // the region is taken over later
+	Mode        os.FileMode  `json:"mode"`    // of the region's file, where it has one; 0 is for its owner only
 	Dir         string       `json:"dir"`     // scratch, removed by the runner
 }
 

@@ -17,6 +17,7 @@ import (
 	"github.com/HdrHistogram/hdrhistogram-go"
 	"golang.org/x/sys/unix"
 
+	"memsync/scenarios/program"
 	"memsync/strategies"
 	"memsync/strategies/attach"
 	"memsync/strategies/region"
@@ -48,6 +49,8 @@ type Work struct {
 	FileSystem string `json:"file_system"`
 	Files      int    `json:"files"`
 	Dir        string `json:"dir"`
+	// Program, if not nil, works on the region in place of touches.
+	Program *program.Program `json:"program,omitempty"`
 }
 
 // Touched is what was done; ops counts the touches of each thread, in the order
@@ -60,6 +63,8 @@ type Touched struct {
 	Local int64   `json:"local"` // ns the same touches took in local memory; 0 where not asked
 	First int64   `json:"first"` // ns the first load took; 0 where none was made
 	Last  bool    `json:"last"`  // all of the limit was reached within the budget
+	// Program says how the program went; nil without one.
+	Program *program.Result `json:"program,omitempty"`
 	// Hist is the HDR histogram (ns) of all touches, V2 compressed, base64.
 	Hist                []byte `json:"hist"`
 	P50, P99, P999, Max int64  // ns
@@ -114,6 +119,7 @@ type workload struct {
 	app    *app     // op migrate
 	passed *os.File // op migrate: to be closed once it was sent
 	snap   snapWriter
+	prog   programRun
 	// buf is where what is read goes, page p at p*page; out is what is written.
 	buf, out []byte
 	// seen[p] says what the last load of page p must have found: 0 not loaded,
@@ -144,7 +150,7 @@ func anonymous(n int64, flags int) ([]byte, error) {
 }
 
 // prepare makes the buffers, before any clock runs.
-func (w *workload) prepare(_ context.Context, work Work) (none, error) {
+func (w *workload) prepare(ctx context.Context, work Work) (none, error) {
 	w.work = work
 	// A thread that waits for a page holds its P, so there must be more of them.
 	runtime.GOMAXPROCS(work.Threads + 2)
@@ -157,6 +163,9 @@ func (w *workload) prepare(_ context.Context, work Work) (none, error) {
 		w.in = in
 	}
 	var err error
+	if work.Program != nil {
+		return none{}, w.prepareProgram(ctx)
+	}
 	if w.seqs, err = work.sequences(); err != nil {
 		return none{}, err
 	}
@@ -199,6 +208,11 @@ func (w *workload) attach(_ context.Context, body json.RawMessage, files []*os.F
 		closeAll(files)
 		return nil, nil, err
 	}
+	if w.work.Program != nil {
+		closeAll(files)
+		r, err := w.attachProgram(a)
+		return r, nil, err
+	}
 	if len(files) > 0 {
 		a.File = files[0] // the view's from here on
 		closeAll(files[1:])
@@ -233,6 +247,9 @@ func newHistogram() *hdrhistogram.Histogram { return hdrhistogram.New(10, int64(
 // run touches the region as told and times each touch.
 func (w *workload) run(ctx context.Context, _ none) (Touched, error) {
 	k := w.work
+	if k.Program != nil {
+		return w.runProgram(ctx)
+	}
 	if k.Warm {
 		if err := w.warm(ctx); err != nil {
 			return Touched{}, err
@@ -393,6 +410,9 @@ type Verified struct {
 // verify compares every byte that was read with what it must be.
 func (w *workload) verify(ctx context.Context, _ none) (v Verified, err error) {
 	k := w.work
+	if k.Program != nil {
+		return w.verifyProgram()
+	}
 	want := make([]byte, page)
 	for p, s := range w.seen {
 		if s == 0 {
