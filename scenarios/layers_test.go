@@ -63,6 +63,7 @@ var layers = []struct {
 	{"strategies/backend/redis", 12, false},
 	{"strategies/backend/s3", 12, false},
 	{"strategies/backend/services", 12, false},
+	{"strategies/backend/tape", 12, false},
 	{"strategies/backend/cassandra", 13, false},
 	{"strategies/backend/keyed", 14, false},
 	{"strategies/backend/keyed/keyedtest", 12, false},

@@ -215,7 +215,7 @@ func TestResolve(t *testing.T) {
 		"op":              {func(c *Cell) { c.Op = "dance" }, ErrUsage, "valid: read, write, mixed"},
 		"access":          {func(c *Cell) { c.Access = "dance" }, ErrUsage, "valid: seq, random, reverse, zipf"},
 		"via":             {func(c *Cell) { c.Via = "dance" }, ErrUsage, "valid: map, file, path"},
-		"backend":         {func(c *Cell) { c.Backend = "tape" }, ErrUsage, "valid: memory, file"},
+		"backend":         {func(c *Cell) { c.Backend = "floppy" }, ErrUsage, "valid: memory, file"},
 		"transport":       {func(c *Cell) { c.Strategy, c.Transport = "userfaultfd", "pigeon" }, ErrUsage, "valid: nbd, grpc, drpc, quic, jsonrpc, local"},
 		"device":          {func(c *Cell) { c.Device = "floppy" }, ErrUsage, "valid: auto, fuse, nbd, ublk, uffd"},
 		"its device":      {func(c *Cell) { c.Device = "fuse" }, region.ErrNotSupported, "has no device fuse"},

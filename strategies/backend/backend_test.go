@@ -309,7 +309,7 @@ func TestBadSpec(t *testing.T) {
 	}{
 		{Spec{Backend: "memory"}, "at least 1 byte"},
 		{Spec{Backend: "file", Size: -1}, "at least 1 byte"},
-		{Spec{Backend: "tape", Size: 1}, `unknown backend "tape"; valid: memory, file`},
+		{Spec{Backend: "floppy", Size: 1}, `unknown backend "floppy"; valid: memory, file`},
 		{Spec{Backend: "memory", Size: 1, Input: "/does/not/exist"}, "no such file"},
 		{Spec{Backend: "memory", Size: 1 << 62}, "reserve"},
 	} {
@@ -339,7 +339,7 @@ func TestNoDescriptorLeak(t *testing.T) {
 	before := count()
 	for range 20 {
 		for _, s := range []Spec{{Backend: "memory", Size: 4, Input: in}, {Backend: "file", Size: 4, Input: in}, {Backend: "memory", Size: 5, Input: in},
-			{Backend: "file", Size: 5, Input: in}, {Backend: "tape", Size: 4, Input: in}, {Backend: "memory", Size: 1 << 62, Input: in}} {
+			{Backend: "file", Size: 5, Input: in}, {Backend: "floppy", Size: 4, Input: in}, {Backend: "memory", Size: 1 << 62, Input: in}} {
 			if st, err := Open(context.Background(), s, dir); err == nil {
 				st.Close()
 			}

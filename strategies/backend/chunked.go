@@ -21,6 +21,7 @@ import (
 	"memsync/strategies/backend/redis"
 	"memsync/strategies/backend/s3"
 	"memsync/strategies/backend/services"
+	"memsync/strategies/backend/tape"
 	"memsync/strategies/param"
 	"memsync/strategies/region"
 )
@@ -75,6 +76,16 @@ func chunked() map[string]chunkedBackend {
 		"kv": {open: func(_ context.Context, a access) (keyed.Table, error) {
 			return kv.Open(a.path)
 		}},
+		"tape": {
+			params: []param.Spec{
+				{Name: "tape_turn", Kind: param.KindDuration, Default: "50ms", Max: int64(time.Hour), Doc: "how long the tape's head takes to stop and begin again at another record"},
+				{Name: "tape_wind", Kind: param.KindSize, Default: "1GB", Doc: "bytes of tape that pass in a second while its head moves; 0 is any"},
+				{Name: "tape_rate", Kind: param.KindSize, Default: "100MB", Doc: "bytes that the tape reads or writes in a second; 0 is any"},
+			},
+			open: func(_ context.Context, a access) (keyed.Table, error) {
+				return tape.Open(a.path, tape.Options{Turn: a.params.Duration("tape_turn"), Wind: a.params.Size("tape_wind"), Rate: a.params.Size("tape_rate")})
+			},
+		},
 		"redis": {server: true, open: func(ctx context.Context, a access) (keyed.Table, error) {
 			return redis.Open(ctx, redis.Options{Addr: a.service.Addr, User: a.service.User, Password: a.service.Password, Prefix: a.prefix, Dial: a.dial})
 		}},
