@@ -388,8 +388,8 @@ type LocalAt struct{ At, Bytes int64 }
 func MigrateParams() []param.Spec {
 	return []param.Spec{
 		{Name: "dirty_rate", Kind: param.KindSize, Default: "20MB", Doc: "bytes a second that the application writes, one aligned 4 KiB page a write; 0 is none"},
-		{Name: "writer", Kind: param.KindEnum, Default: "random", Values: []string{"random", "zipf", "burst", "log", "kv"},
-			Doc: "where: distinct pages in random order, a hot set, random pages in bursts of a fifth of each second, one page after the other, or the slots of a key-value store with hot keys"},
+		{Name: "writer", Kind: param.KindEnum, Default: "random", Values: []string{"random", "zipf", "burst", "log", "kv", "todo"},
+			Doc: "where: distinct pages in random order, a hot set, random pages in bursts of a fifth of each second, one page after the other, the slots of a key-value store with hot keys, or the lines of a TODO list, so that the region is text"},
 		{Name: "settle", Kind: param.KindDuration, Default: "1s", Max: int64(time.Minute), Doc: "how long the application runs at the destination, at least, before it is stopped and everything compared"},
 	}
 }

@@ -7,6 +7,7 @@ package inputs
 
 import (
 	"archive/zip"
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -55,9 +56,10 @@ func All() []Input {
 	return []Input{
 		{"sqlite", "a table of 180,000 rows with an index; sqlite3 looks up 20 of them by the index", "sqlite3", "sqlite3", makeSQLite, readSQLite, useSQLite},
 		{"zip", "an archive of 16,000 members; unzip prints one", "unzip", "unzip", makeZip, readZip, nil},
-		{"ext4", "a file system of 400 folders; debugfs lists 40 of them and reads a file in each", "debugfs", "e2fsprogs", makeExt4, readExt4, nil},
+		{"ext4", "a file system of 400 folders; debugfs lists 40 of them and reads a file in each", "debugfs", "e2fsprogs", makeExt4, readExt4, useExt4},
 		{"mp4", "a film whose index is at the end; ffmpeg decodes its first second", "ffmpeg", "ffmpeg", makeMP4, readMP4, useMP4},
 		{"game", "a game's assets in an archive, those of its 16 levels mixed; unzip reads those of a level", "unzip", "unzip", makeGame, readLevel, useGame},
+		{"todo", "the state of a TODO list, a line an item; the first or last of them are shown", "head", "coreutils", makeTodo, readTodo, nil},
 		{"app", "a program with its data in one file: sqlite3 with a database behind it; it executes, and looks up 20 rows", "sqlite3", "sqlite3", makeApp, readApp, useApp},
 	}
 }
@@ -342,6 +344,30 @@ func readExt4(variant uint64) program.Step {
 		fmt.Fprintf(&commands, "ls -l /folder%03d\ncat /folder%03d/file%02d\n", f, f, r.IntN(ext4Files))
 	}
 	return program.Step{Argv: []string{"debugfs", "-f", "-", program.Path}, Stdin: commands.String()}
+}
+
+// useExt4 is somebody who looks around in a folder of another host: listings, and what
+// is in some files.
+func useExt4() []program.Step { return []program.Step{readExt4(0), readExt4(1)} }
+
+// todoItem is how long the line of an item is, bytes; op migrate's writer=todo changes items.
+const todoItem = 512
+
+func makeTodo(_ context.Context, _, file string) (err error) {
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	w := bufio.NewWriter(f)
+	for i := range Size / todoItem {
+		fmt.Fprintf(w, "%-*s\n", todoItem-1, fmt.Sprintf("[ ] item %d", i))
+	}
+	return w.Flush()
+}
+
+func readTodo(variant uint64) program.Step {
+	return program.Step{Argv: []string{[]string{"head", "tail"}[variant%2], "-n", "200", program.Path}}
 }
 
 func makeMP4(ctx context.Context, dir, file string) error {

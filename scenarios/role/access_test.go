@@ -176,7 +176,7 @@ func TestSequencesCover(t *testing.T) {
 }
 
 func TestCheckAccess(t *testing.T) {
-	for _, a := range append(Accesses(), "trace:x", "random:64KiB", "random:4096") {
+	for _, a := range append(Accesses(), "trace:x", "program:x", "random:64KiB", "random:4096") {
 		if err := CheckAccess(a, 1); err != nil {
 			t.Error(err)
 		}
@@ -184,11 +184,13 @@ func TestCheckAccess(t *testing.T) {
 	if err := CheckAccess("zipf", 4); err != nil {
 		t.Error(err)
 	}
-	if err := CheckAccess("trace:x", 2); err == nil {
-		t.Error("a trace has one thread")
+	for _, a := range []string{"trace:x", "program:x"} {
+		if err := CheckAccess(a, 2); err == nil {
+			t.Errorf("%s has threads of its own", a)
+		}
 	}
-	for _, bad := range []string{"sideways", "trace:", "trace", "random:", "random:1", "random:0", "random:5000", "seq:4KiB"} {
-		if err := CheckAccess(bad, 1); err == nil || !strings.HasSuffix(err.Error(), `; valid: seq, random, reverse, zipf, random:SIZE (whole pages), trace:FILE`) {
+	for _, bad := range []string{"sideways", "trace:", "trace", "program:", "program", "random:", "random:1", "random:0", "random:5000", "seq:4KiB"} {
+		if err := CheckAccess(bad, 1); err == nil || !strings.HasSuffix(err.Error(), `; valid: seq, random, reverse, zipf, random:SIZE (whole pages), trace:FILE, program:NAME`) {
 			t.Errorf("CheckAccess(%q) = %v", bad, err)
 		}
 	}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,12 +30,13 @@ type AppWork struct {
 	Content region.Content `json:"content"`
 	Input   string         `json:"input,omitempty"`
 	Rate    int64          `json:"rate"`   // bytes a second; 0 writes once where it starts at a destination
-	Writer  string         `json:"writer"` // random, zipf, burst, log or kv
+	Writer  string         `json:"writer"` // random, zipf, burst, log, kv or todo
 }
 
 // record is how many bytes one write has.
 func (k AppWork) record() int64 {
-	if k.Writer == "kv" {
+	switch k.Writer {
+	case "kv", "todo":
 		return 512
 	}
 	return page
@@ -45,7 +47,7 @@ func (k AppWork) places() int64 { return max(k.Size-page, 0) / k.record() }
 
 // sequence gives the place of one write after the other, without end.
 func (k AppWork) sequence() func() int64 {
-	access := map[string]string{"random": "random", "burst": "random", "log": "seq", "zipf": "zipf", "kv": "zipf"}[k.Writer]
+	access := map[string]string{"random": "random", "burst": "random", "log": "seq", "zipf": "zipf", "kv": "zipf", "todo": "zipf"}[k.Writer]
 	n, s := k.places(), (*sequence)(nil)
 	return func() int64 {
 		for {
@@ -64,6 +66,12 @@ func (k AppWork) sequence() func() int64 {
 
 // fill makes what write i writes at a place.
 func (k AppWork) fill(p []byte, i uint64, off int64) {
+	if k.Writer == "todo" {
+		done := " x"[i%2]
+		copy(p, fmt.Sprintf("[%c] item %d, changed by change %d", done, off/int64(len(p)), i)+strings.Repeat(" ", len(p)))
+		p[len(p)-1] = '\n'
+		return
+	}
 	region.Content{Seed: ^k.Content.Seed, Generation: i}.Fill(p, off)
 }
 
