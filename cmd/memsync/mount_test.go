@@ -19,6 +19,7 @@ import (
 	"memsync/scenarios/mount"
 	"memsync/strategies/all"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 )
 
 // needFUSE skips where this machine has no FUSE for this user, unless MEMSYNC_MUST_RUN says
@@ -27,11 +28,7 @@ func needFUSE(t *testing.T) {
 	t.Helper()
 	err := all.ProbeDevice("fuse")
 	if errors.Is(err, region.ErrNotSupported) || errors.Is(err, region.ErrNotPermitted) || err == nil && os.Geteuid() != 0 {
-		msg := fmt.Sprintf("mounting for others needs root and FUSE: %v", err)
-		if slices.Contains(strings.Split(os.Getenv("MEMSYNC_MUST_RUN"), ","), "fuse") {
-			t.Fatal(msg)
-		}
-		t.Skip(msg)
+		replay.Missing(t, "fuse", "mounting for others needs root and FUSE:", err)
 	} else if err != nil {
 		t.Fatal(err)
 	}

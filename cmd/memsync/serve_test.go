@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 	"memsync/strategies/transport"
 	"memsync/strategies/transport/nbd"
 )
@@ -28,11 +29,7 @@ func foreign(t *testing.T, name, pkg string, args ...string) (stdout string, err
 	t.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {
-		msg := fmt.Sprintf("%s is missing: apt-get install %s", name, pkg)
-		if strings.Contains(os.Getenv("MEMSYNC_MUST_RUN"), "nbd-interop") {
-			t.Fatal(msg)
-		}
-		t.Skip(msg)
+		replay.Missing(t, "nbd-interop", name, "is missing: apt-get install", pkg)
 	}
 	var out, errs bytes.Buffer
 	cmd := exec.CommandContext(t.Context(), path, args...)

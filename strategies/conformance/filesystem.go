@@ -7,12 +7,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 
 	"memsync/strategies"
 	"memsync/strategies/attach"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 	"memsync/strategies/storetest"
 )
 
@@ -63,10 +63,7 @@ func (t *Region) FileSystem(a FileSystemArgs, r *Result) error {
 func (s suite) TestFileSystem(t *testing.T) {
 	s.need(t, strategies.Writes)
 	if _, err := exec.LookPath("mke2fs"); err != nil {
-		if strings.Contains(os.Getenv("MEMSYNC_MUST_RUN"), "formats") {
-			t.Fatal("needs mke2fs (e2fsprogs), and MEMSYNC_MUST_RUN has formats:", err)
-		}
-		t.Skip("needs mke2fs (e2fsprogs):", err)
+		replay.Missing(t, "formats", "needs mke2fs (e2fsprogs):", err)
 	}
 	ctx := within(t)
 	const size, files = 16 << 20, 3

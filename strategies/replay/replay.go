@@ -1,4 +1,4 @@
-// Package replay gives random tests their seed.
+// Package replay gives random tests their seed, and says what tests need of a machine.
 package replay
 
 import (

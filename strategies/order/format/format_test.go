@@ -23,6 +23,7 @@ import (
 
 	"memsync/strategies/order"
 	"memsync/strategies/region"
+	"memsync/strategies/replay"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -66,10 +67,7 @@ func tool(t testing.TB, dir, stdin, name string, args ...string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
 	if err != nil {
-		if strings.Contains(os.Getenv("MEMSYNC_MUST_RUN"), "formats") {
-			t.Fatalf("%s is not installed, and MEMSYNC_MUST_RUN has formats", name)
-		}
-		t.Skipf("%s is not installed", name)
+		replay.Missing(t, "formats", name, "is not installed")
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
