@@ -33,7 +33,7 @@ func useCases() []useCase {
 		{"game", "game", "A game's assets, level by level", "level 1 can be played",
 			"unzip of Debian reads the assets of a level out of an archive (PK3), level 1, then 2 and 3. The trace is of level 1.", []string{"trace:" + inputs.Prefix + "game.trace", "format"}, false},
 		{"remotefs", "ext4", "A tree of files on another host", "40 folders are listed and a file in each is read",
-			"debugfs of e2fsprogs, without a mount of the kernel, lists 40 of 400 folders of a file system of 96 MiB and reads a file in each, then 40 others.", []string{"format"}, false},
+			"debugfs of e2fsprogs, without a mount of the kernel, lists 40 of 400 folders of a file system of 96 MiB and reads a file in each, then 40 others. Half of the image is empty, which is downloaded, too.", []string{"format"}, false},
 		{"binary", "app", "A program with its data in one remote file", "it has run and found 20 rows",
 			"The file is sqlite3 of Debian with a database behind it, executed from where it lies. The trace is of a run that looked up other rows.", []string{"trace:" + inputs.Prefix + "app.other", "format"}, false},
 	}

@@ -1,6 +1,7 @@
 package role
 
 import (
+	"bytes"
 	"math"
 	"math/rand/v2"
 	"os"
@@ -213,5 +214,16 @@ func TestTracePages(t *testing.T) {
 	w.Size = 8192
 	if _, err := w.sequences(); err == nil || !strings.Contains(err.Error(), file+": line 1") {
 		t.Errorf("a trace of a larger region: %v", err)
+	}
+}
+
+// TestTodo: the lines of a TODO list are text of one length, and each change is another line.
+func TestTodo(t *testing.T) {
+	k := AppWork{Size: 1 << 20, Writer: "todo"}
+	p, q := make([]byte, k.record()), make([]byte, k.record())
+	k.fill(p, 3, 10*k.record())
+	k.fill(q, 4, 10*k.record())
+	if got := strings.TrimRight(string(p), " \n"); got != "[x] item 10, changed by change 3" || p[len(p)-1] != '\n' || bytes.Equal(p, q) {
+		t.Errorf("%q, %q", p, q)
 	}
 }
