@@ -24,6 +24,7 @@ type tortureOptions struct {
 	torture.Options
 	only   string
 	replay string
+	seed   uint64 // that replay says
 	json   bool
 }
 
@@ -103,6 +104,25 @@ func runTorture(s *state, o *tortureOptions) error {
 		return exitWith(exitUsage, err)
 	}
 	o.Known = s.program.Strategies
+	levels := o.Levels
+	if len(levels) == 0 {
+		levels = torture.Levels()
+	}
+	if o.replay != "" {
+		seed, err := strconv.ParseUint(o.replay, 10, 64)
+		if err != nil {
+			return exitWith(exitUsage, fmt.Errorf("--replay %s: want the number of a program", o.replay))
+		}
+		o.seed, levels = seed, []string{torture.LevelOf(seed)}
+	}
+	if slices.Contains(levels, torture.Processes) {
+		// What real processes mount and start ends with the sandbox.
+		scratch, err := sandbox(s)
+		if scratch == "" {
+			return err
+		}
+		o.Scratch = scratch
+	}
 	if o.replay != "" {
 		return replayTorture(s, o)
 	}
@@ -155,11 +175,7 @@ func verdict(failures ...torture.Ended) error {
 }
 
 func replayTorture(s *state, o *tortureOptions) error {
-	seed, err := strconv.ParseUint(o.replay, 10, 64)
-	if err != nil {
-		return exitWith(exitUsage, fmt.Errorf("--replay %s: want the number of a program", o.replay))
-	}
-	e, err := torture.Replay(s.ctx, o.Options, seed)
+	e, err := torture.Replay(s.ctx, o.Options, o.seed)
 	switch {
 	case s.ctx.Err() != nil:
 		return exitWith(exitInterrupted, errors.New("interrupted"))

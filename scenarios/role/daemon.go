@@ -155,7 +155,7 @@ func (d *daemon) doMount(ctx context.Context, body json.RawMessage, files []*os.
 	m := Mounted{Start: monotonic()}
 	o := strategies.Options{
 		Device: a.Setup.Device, Chunk: a.Setup.Chunk, PullWorkers: a.Setup.PullWorkers, PushWorkers: a.Setup.PushWorkers,
-		ReadOnly: a.Setup.ReadOnly, Migrate: a.Setup.Migrate, Dir: a.Setup.Dir, Mode: a.Setup.Mode, Params: params,
+		ReadOnly: a.Setup.ReadOnly, Migrate: a.Setup.Migrate, Reopen: a.Setup.Reopen, Dir: a.Setup.Dir, Mode: a.Setup.Mode, Params: params,
 	}
 	if k := params.IntOr("files", 1); k > 1 && params.TextOr("file_system", "none") == "none" {
 		d.mount, err = strategies.MountParts(ctx, st, r, o, k)

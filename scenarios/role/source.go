@@ -32,11 +32,12 @@ type Setup struct {
 	PushWorkers int          `json:"push_workers"`
 	Settings    []string     `json:"settings"` // key=value, as set by the user
 	ReadOnly    bool         `json:"read_only"`
-	Pwrite      bool         `json:"pwrite"`  // op sync: the writer does not map
-	Sleep       int64        `json:"sleep"`   // ns before each call of a local store (the sleep shaper)
-	Migrate     bool         `json:"migrate"` // the region is taken over later
-	Mode        os.FileMode  `json:"mode"`    // of the region's file, where it has one; 0 is for its owner only
-	Dir         string       `json:"dir"`     // scratch, removed by the runner
+	Pwrite      bool         `json:"pwrite"`           // op sync: the writer does not map
+	Sleep       int64        `json:"sleep"`            // ns before each call of a local store (the sleep shaper)
+	Migrate     bool         `json:"migrate"`          // the region is taken over later
+	Reopen      bool         `json:"reopen,omitempty"` // a connection that is lost is made again (strategies.Options)
+	Mode        os.FileMode  `json:"mode"`             // of the region's file, where it has one; 0 is for its owner only
+	Dir         string       `json:"dir"`              // scratch, removed by the runner
 }
 
 // Resolve looks the cell's strategy up and validates its parameters.
@@ -91,7 +92,7 @@ type source struct {
 func (s *source) ops() map[string]handler {
 	return map[string]handler{
 		"open": on(s.open), "publish": s.publish, "track": s.track, "control": s.control, "released": on(s.released), "poll": on(s.poll), "bandwidth": on(s.bandwidth), "sync": on(s.sync), "stats": on(s.stats),
-		"listen": on(s.listen), "verify": on(s.verify), "close": on(s.close), "counters": on(counters), "settle": on(settle),
+		"listen": on(s.listen), "verify": on(s.verify), "dump": on(s.dump), "close": on(s.close), "counters": on(counters), "settle": on(settle),
 		"requests": on(func(context.Context, none) (Requests, error) { return requests(s.store) }),
 	}
 }

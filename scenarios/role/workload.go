@@ -133,6 +133,7 @@ func (w *workload) ops() map[string]handler {
 		"sync":   on(func(context.Context, none) (none, error) { return none{}, w.view.Sync() }),
 		"client": w.client, "write": on(w.write), "fork": on(w.fork),
 		"ready": on(w.ready), "dirty": on(w.dirty), "pulse": on(w.pulse), "watch": on(w.watch), "equal": on(w.equal), "handed-over": on(w.handedOver),
+		"load": on(w.load), "store": on(w.store),
 		"detach":   on(w.detach),
 		"counters": on(counters), "settle": on(forgetPeak), "floors": on(w.floors),
 	}

@@ -111,7 +111,7 @@ func virtually(t *testing.T, j job, known strategies.Registry) (r result) {
 
 // program runs the program of a seed.
 func program(ctx context.Context, j job, known strategies.Registry, c *Counts, trace func(string, ...any)) error {
-	if levelOf(j.Seed) == Machines {
+	if LevelOf(j.Seed) == Machines {
 		return machines(j.Seed, c, trace)
 	}
 	p := Generate(j.Seed, virtualChoices().only(j.Only))

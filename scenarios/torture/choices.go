@@ -75,8 +75,8 @@ func (c Choices) empty() bool {
 	return len(c.Strategies) == 0 || len(c.Transports) == 0 || len(c.Backends) == 0
 }
 
-// levelOf is the level of a program, by its seed.
-func levelOf(seed uint64) string { return levels[seed%uint64(len(levels))] }
+// LevelOf is the level of a program, by its seed.
+func LevelOf(seed uint64) string { return levels[seed%uint64(len(levels))] }
 
 // levels, by the remainder of a seed.
 var levels = [...]string{Virtual, Machines, Processes}

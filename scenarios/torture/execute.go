@@ -39,6 +39,7 @@ type limits struct {
 	access  time.Duration // deadline of one access
 	slack   time.Duration // by which a call may return later than its deadline
 	recover time.Duration // from the link's healing until a sync succeeds
+	alone   bool          // one access at a time, through the kernel's page cache
 }
 
 // Counts says what programs did.
@@ -106,6 +107,9 @@ type execution struct {
 // told of every step, and of what came of it.
 func execute(ctx context.Context, p Program, w world, l limits, trace func(format string, a ...any)) (Counts, error) {
 	e := &execution{p: p, w: w, m: newModel(p.Seed, p.Size), l: l, trace: trace, places: make(chan struct{}, 3)}
+	if l.alone {
+		e.places = make(chan struct{}, 1)
+	}
 	began := time.Now()
 	err := e.run(ctx)
 	e.running.Wait()
@@ -266,6 +270,9 @@ func (e *execution) compared(n int64) {
 func (e *execution) sync(ctx context.Context) error {
 	from := e.m.now()
 	if err := e.w.sync(ctx); err != nil {
+		if e.l.alone { // there is a page cache
+			e.m.doubt()
+		}
 		return err
 	}
 	e.mu.Lock()
@@ -381,6 +388,15 @@ func (e *execution) finish(ctx context.Context) error {
 	e.running.Wait()
 	if err := e.failed(); err != nil {
 		return err
+	}
+	if e.p.Fragile { // it does not come back by itself
+		from := e.m.now()
+		if err := e.within(ctx, "close", e.l.access, e.w.close); err != nil {
+			e.trace("    close: %v", err)
+		}
+		if err := e.again(ctx, from); err != nil {
+			return err
+		}
 	}
 	if err := e.eventually(ctx, "the last sync", e.sync); err != nil {
 		return err

@@ -68,6 +68,17 @@ func (m *model) end(w *write, err error) {
 	w.returned, w.incomplete = m.clock, err != nil
 }
 
+// doubt makes all that was written since the last restart what may be or not: so it
+// is where the kernel could not write pages back, which tells whoever flushes
+// next, once, and forgets them.
+func (m *model) doubt() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, w := range m.writes {
+		w.incomplete = true
+	}
+}
+
 // superseded reports whether w cannot be seen at x by a look that began at from.
 // nil is the base.
 func (m *model) superseded(w *write, x, from int64) bool {

@@ -32,7 +32,10 @@ type Program struct {
 	Pull      int    `json:"pull_workers"`
 	Push      int    `json:"push_workers"`
 	// Kept: what was answered outlives the daemon, and not only what was synced.
-	Kept     bool     `json:"kept,omitempty"`
+	Kept     bool `json:"kept,omitempty"`
+	ReadOnly bool `json:"read_only,omitempty"`
+	// Fragile: it does not come back by itself when its connection was lost.
+	Fragile  bool     `json:"fragile,omitempty"`
 	Settings []string `json:"settings,omitempty"`
 	Steps    []Step   `json:"steps"`
 }

@@ -33,7 +33,8 @@ type Options struct {
 	Programs int           // stop after so many; 0 is no limit
 	Levels   []string      // empty is all
 	Only     Filter
-	Jobs     int // programs at once on virtual clocks; 0 is one for each CPU but one
+	Scratch  string // an existing folder; empty is the temporary one. With level Processes this process is in the sandbox
+	Jobs     int    // programs at once on virtual clocks; 0 is one for each CPU but one
 	// Ended, unless nil, is told of each program, by one goroutine at a time.
 	Ended func(Ended)
 }
@@ -100,7 +101,7 @@ type campaign struct {
 // Run runs programs until the time is over, the programs are run, or ctx ends. The
 // error is that of the campaign; broken invariants are in the Report.
 func Run(ctx context.Context, o Options) (*Report, error) {
-	dir, err := os.MkdirTemp("", "memsync-torture-")
+	dir, err := os.MkdirTemp(o.Scratch, "memsync-torture-")
 	if err != nil {
 		return nil, err
 	}
@@ -176,7 +177,9 @@ func (c *campaign) ended(e Ended) {
 		r.Combos[e.Program]++
 	}
 	if e.Error != "" {
-		e.Only = c.o.Only
+		if e.Level != Processes { // else it is what this machine chose from
+			e.Only = c.o.Only
+		}
 		r.Failures = append(r.Failures, e)
 	}
 	if c.o.Ended != nil {
@@ -208,7 +211,7 @@ func (c *campaign) virtual(ctx context.Context, of []string) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		e := Ended{Seed: seed, Level: levelOf(seed), Counts: r.Counts, Error: r.Error, Differ: r.Differ, Trace: r.Trace, Took: time.Since(began)}
+		e := Ended{Seed: seed, Level: LevelOf(seed), Counts: r.Counts, Error: r.Error, Differ: r.Differ, Trace: r.Trace, Took: time.Since(began)}
 		switch {
 		case err != nil: // it died: that is a finding, too
 			e.Error = err.Error()
@@ -223,12 +226,12 @@ func (c *campaign) virtual(ctx context.Context, of []string) error {
 // Replay runs one program again and returns how it ended, with its trace. One with
 // processes is run on what the machine has that passes the filter.
 func Replay(ctx context.Context, o Options, seed uint64) (Ended, error) {
-	dir, err := os.MkdirTemp("", "memsync-torture-")
+	dir, err := os.MkdirTemp(o.Scratch, "memsync-torture-")
 	if err != nil {
 		return Ended{}, err
 	}
 	defer os.RemoveAll(dir)
-	if levelOf(seed) == Processes {
+	if LevelOf(seed) == Processes {
 		combos, _, err := available(o)
 		if err != nil {
 			return Ended{}, err
@@ -238,7 +241,7 @@ func Replay(ctx context.Context, o Options, seed uint64) (Ended, error) {
 		}
 		return runProcesses(ctx, o, seed, combos, dir, true), nil
 	}
-	if levelOf(seed) == Virtual && virtualChoices().only(o.Only).empty() {
+	if LevelOf(seed) == Virtual && virtualChoices().only(o.Only).empty() {
 		return Ended{}, fmt.Errorf("%w: %s", ErrNothing, o.Only)
 	}
 	k, err := startChild()
@@ -247,7 +250,7 @@ func Replay(ctx context.Context, o Options, seed uint64) (Ended, error) {
 	}
 	began := time.Now()
 	r, err := k.run(ctx, job{Seed: seed, Only: o.Only, Dir: dir, Keep: true})
-	e := Ended{Seed: seed, Level: levelOf(seed), Counts: r.Counts, Error: r.Error, Differ: r.Differ, Trace: r.Trace, Only: o.Only, Took: time.Since(began)}
+	e := Ended{Seed: seed, Level: LevelOf(seed), Counts: r.Counts, Error: r.Error, Differ: r.Differ, Trace: r.Trace, Only: o.Only, Took: time.Since(began)}
 	if err != nil {
 		e.Error = err.Error()
 		return e, ctx.Err()
