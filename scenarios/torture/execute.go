@@ -123,10 +123,16 @@ func execute(ctx context.Context, p Program, w world, l limits, trace func(forma
 func (e *execution) fail(err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if e.p.Hostile && !errors.Is(err, errLate) {
+		return
+	}
 	if e.failure == nil && err != nil {
 		e.failure = err
 	}
 }
+
+// errLate marks a call that returned after its deadline.
+var errLate = errors.New("late")
 
 func (e *execution) failed() error {
 	e.mu.Lock()
@@ -141,7 +147,7 @@ func (e *execution) within(ctx context.Context, what string, d time.Duration, f 
 	began := time.Now()
 	err := f(c)
 	if took := time.Since(began); took > d+e.l.slack {
-		e.fail(broken(byDeadline, "%s took %v with a deadline of %v (%v)", what, took, d, err))
+		e.fail(broken(byDeadline, "%s took %v with a deadline of %v (%v): %w", what, took, d, err, errLate))
 	}
 	return err
 }
@@ -155,6 +161,9 @@ func (e *execution) outcome(what string, err error) {
 		return
 	}
 	e.counts.Failed++
+	if e.p.Hostile {
+		return
+	}
 	if !e.faulty && e.failure == nil {
 		e.failure = broken(noError, "%s: %w", what, err)
 	}
@@ -177,8 +186,17 @@ func (e *execution) run(ctx context.Context) error {
 		e.trace("%3d %v", i, s)
 		e.counts.Steps++
 		if err := e.step(ctx, s); err != nil {
+			if e.p.Hostile && !errors.Is(err, errLate) { // it could not be opened again, say
+				break
+			}
 			return err
 		}
+	}
+	if e.p.Hostile {
+		e.running.Wait()
+		err := e.within(ctx, "the last close", e.l.access, e.w.close)
+		e.trace("    the last close: %v", err)
+		return e.failed()
 	}
 	return e.finish(ctx)
 }

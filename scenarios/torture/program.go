@@ -35,7 +35,10 @@ type Program struct {
 	Kept     bool `json:"kept,omitempty"`
 	ReadOnly bool `json:"read_only,omitempty"`
 	// Fragile: it does not come back by itself when its connection was lost.
-	Fragile  bool     `json:"fragile,omitempty"`
+	Fragile bool `json:"fragile,omitempty"`
+	// Hostile: what the link corrupts no TLS finds. Then bytes may be anything, and calls may
+	// fail, but each returns, nothing is left over, and nobody dies.
+	Hostile  bool     `json:"hostile,omitempty"`
 	Settings []string `json:"settings,omitempty"`
 	Steps    []Step   `json:"steps"`
 }
@@ -113,6 +116,7 @@ type Choices struct {
 	Strategies []string
 	Backends   []string
 	Combos     []Combo // with level Processes, what works here
+	Hostile    bool    // the link corrupts bytes, without TLS
 }
 
 // Combo is a strategy on a device, over a transport, from a backend.
@@ -139,7 +143,8 @@ func Generate(seed uint64, c Choices) Program {
 	} else {
 		p.Strategy, p.Transport, p.Backend = pick(from, c.Strategies...), pick(from, c.Transports...), pick(from, c.Backends...)
 	}
-	p.TLS = r.IntN(4) == 0
+	p.TLS = r.IntN(4) == 0 && !c.Hostile
+	p.Hostile = c.Hostile
 	p.settings(r)
 	p.steps(r)
 	return p
@@ -199,7 +204,7 @@ func (p *Program) steps(r *rand.Rand) {
 	var faults []string
 	if r.IntN(8) > 0 {
 		all := []string{opCut, opCutAfter, opStall, opRefuse, opKillDaemon, opKillSource, opPauseSource, opFail}
-		if p.TLS {
+		if p.TLS || p.Hostile {
 			all = append(all, opCorrupt)
 		}
 		if !virtual {
@@ -252,7 +257,9 @@ func (p *Program) steps(r *rand.Rand) {
 			case opStall, opRefuse, opPauseSource, opPauseDaemon, opKillSource:
 				s.For = bad()
 			case opCorrupt:
-				s.N = 1 + r.Int64N(3)
+				if s.N = 1 + r.Int64N(3); p.Hostile {
+					s.N *= 10
+				}
 			case opFail:
 				s.N = 1 + r.Int64N(5)
 				s.How = pick(r, "read", "write", "flush")

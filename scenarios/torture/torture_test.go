@@ -66,6 +66,36 @@ func TestFound(t *testing.T) {
 	}
 }
 
+// TestHostileLink: whatever a link makes of what both ends of each protocol say, without TLS, no
+// process dies, every call returns by its deadline, and no goroutine is left.
+func TestHostileLink(t *testing.T) {
+	c := virtualChoices()
+	c.Hostile = true
+	seed, n := replay.Seed(t), 0
+	var total Counts
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end) && !t.Failed(); n++ {
+		seed++
+		p := Generate(seed, c)
+		dir := t.TempDir()
+		synctest.Test(t, func(t *testing.T) {
+			v, err := newVirtual(t.Context(), p, all.Registry(), dir)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			k, err := execute(t.Context(), p, v, virtualLimits, func(string, ...any) {})
+			total.add(k)
+			if err = errors.Join(err, v.end()); err != nil {
+				t.Errorf("program %d, %s: %v", seed, p.describe(), err)
+			}
+		})
+	}
+	t.Logf("%d programs: %+v", n, total)
+	if n > 20 && total.Failed == 0 {
+		t.Error("nothing failed: was anything corrupted?")
+	}
+}
+
 // TestGenerate: a program follows from its seed, and a filter that takes it changes nothing of it.
 func TestGenerate(t *testing.T) {
 	for seed := range uint64(200) {

@@ -35,17 +35,18 @@ type virtual struct {
 	backing  region.Store // below disk; nil where it has the bytes itself
 	tr       transport.Transport
 
-	mu     sync.Mutex
-	source *virtualSource // nil while it is down
-	resume chan struct{}  // closed once a paused source goes on; nil where it runs
-	mount  strategies.Mount
-	front  region.Store
-	stop   context.CancelFunc // ends what the mount has of the world: its connections, for good
-	mounts int
-	relays sync.WaitGroup
-	timers sync.WaitGroup // of faults that end by themselves
-	over   chan struct{}  // closed by end
-	healed chan struct{}  // closed by heal: then such a fault ends at once
+	mu       sync.Mutex
+	source   *virtualSource // nil while it is down
+	resume   chan struct{}  // closed once a paused source goes on; nil where it runs
+	mount    strategies.Mount
+	front    region.Store
+	stop     context.CancelFunc // ends what the mount has of the world: its connections, for good
+	mounts   int
+	accesses sync.WaitGroup // under way
+	relays   sync.WaitGroup
+	timers   sync.WaitGroup // of faults that end by themselves
+	over     chan struct{}  // closed by end
+	healed   chan struct{}  // closed by heal: then such a fault ends at once
 }
 
 // virtualSource is a life of the source.
@@ -231,13 +232,7 @@ func (v *virtual) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if v.mounts++; v.mounts > 1 {
-		// What the one before pushed and did not flush is what this one reads, and it
-		// owes nobody to flush that.
-		if err := v.disk.Flush(ctx); err != nil {
-			return err
-		}
-	}
+	v.mounts++
 	scratch := filepath.Join(v.dir, fmt.Sprint("mount-", v.mounts))
 	if err := os.Mkdir(scratch, 0o700); err != nil {
 		return err
@@ -253,42 +248,55 @@ func (v *virtual) open(ctx context.Context) error {
 		stop()
 		return err
 	}
+	if v.mounts > 1 {
+		// What the one before pushed and did not flush is what this one reads, and it
+		// owes nobody to flush that.
+		if err := v.disk.Flush(ctx); err != nil {
+			stop()
+			return errors.Join(err, m.Close(ctx))
+		}
+	}
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.mount, v.front, v.stop = m, front, stop
 	return nil
 }
 
-func (v *virtual) opened() (strategies.Mount, region.Store, error) {
+// opened begins an access, which ends by done.
+func (v *virtual) opened() (m strategies.Mount, front region.Store, done func(), err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.mount == nil {
-		return nil, nil, fmt.Errorf("the daemon is dead: %w", region.ErrClosed)
+		return nil, nil, nil, fmt.Errorf("the daemon is dead: %w", region.ErrClosed)
 	}
-	return v.mount, v.front, nil
+	v.accesses.Add(1)
+	return v.mount, v.front, v.accesses.Done, nil
 }
 
 func (v *virtual) read(ctx context.Context, p []byte, off int64) error {
-	_, f, err := v.opened()
+	_, f, done, err := v.opened()
 	if err != nil {
 		return err
 	}
+	defer done()
 	return f.ReadAt(ctx, p, off)
 }
 
 func (v *virtual) write(ctx context.Context, p []byte, off int64) error {
-	_, f, err := v.opened()
+	_, f, done, err := v.opened()
 	if err != nil {
 		return err
 	}
+	defer done()
 	return f.WriteAt(ctx, p, off)
 }
 
 func (v *virtual) sync(ctx context.Context) error {
-	m, _, err := v.opened()
+	m, _, done, err := v.opened()
 	if err != nil {
 		return err
 	}
+	defer done()
 	return m.Sync(ctx)
 }
 
@@ -317,6 +325,7 @@ func (v *virtual) killDaemon(ctx context.Context) error {
 		return nil
 	}
 	stop()
+	v.accesses.Wait() // a process that is dead makes none; these fail, or find what they want in the cache
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	_ = m.Close(ctx) // it cannot write anything back
