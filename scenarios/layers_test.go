@@ -47,6 +47,7 @@ var layers = []struct {
 	{"strategies/transport/quic", 7, false},
 	{"strategies/transport/jsonrpc", 7, false},
 	{"strategies/transport/transporttest", 7, false},
+	{"strategies/transport/relay", 8, false},
 	{"strategies/transport/rpc", 8, false},
 	{"strategies/transport/nbd", 8, false},
 	{"strategies/transport", 9, false},

@@ -40,6 +40,7 @@ type mountOptions struct {
 	cache                 string
 	cacheDir              string
 	metrics               string
+	relay                 relayFlags
 	grace                 time.Duration
 	asJSON                bool
 	pullSet, pushSet      bool
@@ -68,6 +69,7 @@ another host writes the region; 6 wrong usage, a path in use, or no such region.
 		Example: `  memsync mount 127.0.0.1/disk.img /mnt/disk.img
   memsync mount source.example:10809/db /srv/db --strategy managed-mount --tls /etc/memsync/tls --cache 1GiB
   memsync mount nbd://127.0.0.1 /srv/regions --read-only --mode 0444
+  memsync mount source.example/db /srv/db --relay relay.example --relay-token token --tls /etc/memsync/tls
   memsync mount 10.0.0.1/vm /dev/shm/vm --strategy nbd-direct --reconnect 10m`,
 		RunE: func(c *cobra.Command, args []string) error {
 			o.pullSet, o.pushSet = c.Flags().Changed("pull-workers"), c.Flags().Changed("push-workers")
@@ -87,6 +89,7 @@ another host writes the region; 6 wrong usage, a path in use, or no such region.
 	f.StringVar(&o.cacheDir, "cache-dir", "", "existing `DIR` for the cache, from which the next mount pushes what this one could not (managed-mount; default: memory)")
 	f.StringArrayVar(&o.spec.Settings, "set", nil, "`key=value`: a parameter of the strategy, device or transport (measure --explain lists them); may be repeated")
 	f.StringVar(&o.spec.TLS, "tls", "", "TLS 1.3 with ca-cert.pem, client-cert.pem and client-key.pem of `DIR` (memsync certs)")
+	o.relay.add(f)
 	durationFlag(f, &o.spec.Reconnect, "reconnect", time.Minute, "how long a source that is gone is tried for, and whoever reads waits; 0: errors at once")
 	durationFlag(f, &o.grace, "grace", 30*time.Second, "how long writing back and unmounting may take at the end")
 	f.StringVar(&o.metrics, "metrics", "", "answer http://`ADDR`/metrics in the text format of Prometheus; a loopback address")
@@ -109,6 +112,20 @@ func (o *mountOptions) resolve(s *state, args []string) (err error) {
 		return err
 	}
 	p.Path = args[1]
+	name := p.Transport
+	if name == "" {
+		name = p.Address.Transport
+	}
+	if name == "" {
+		name = "nbd"
+	}
+	t, err := all.Transport(name)
+	if err != nil {
+		t = nil // as Open will say
+	}
+	if p.Via, err = o.relay.dialer(s, t); err != nil {
+		return err
+	}
 	if p.Strategy, err = s.program.Strategies.Get(o.strategy); err != nil {
 		return err
 	}

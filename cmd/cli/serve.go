@@ -43,6 +43,7 @@ type serveOptions struct {
 	limits    transport.Limits
 	tls       string
 	allow     string
+	relay     relayFlags
 	transport string
 	metrics   string
 	asJSON    bool
@@ -70,8 +71,14 @@ client flushed is on disk. Runs until SIGINT or SIGTERM, and then exits with 130
   memsync serve disk.img --listen 10.0.0.1:10809 --tls /etc/memsync/tls
   memsync serve disk.img --listen 10.0.0.1:10809 --tls /etc/memsync/tls --allow /etc/memsync/allow
   memsync serve disk.img --listen 10.0.0.1:10809 --insecure
+  memsync serve disk.img --relay relay.example --relay-token token --tls /etc/memsync/tls
   memsync serve disk.img --transport quic --metrics 127.0.0.1:9100`,
-		RunE: func(_ *cobra.Command, args []string) error { return serve(s, o, args) },
+		RunE: func(c *cobra.Command, args []string) error {
+			if o.relay.addr != "" && c.Flags().Changed("listen") {
+				return exitWith(exitUsage, errors.New("--listen and --relay: connections come from one of them"))
+			}
+			return serve(s, o, args)
+		},
 	}
 	f := c.Flags()
 	f.StringVar(&o.listen, "listen", "127.0.0.1:"+nbdPort, "`ADDR` to answer on: HOST:PORT (port 0: a free one), unix:PATH, or systemd: the socket that it passes")
@@ -83,6 +90,7 @@ client flushed is on disk. Runs until SIGINT or SIGTERM, and then exits with 130
 	f.BoolVar(&o.insecure, "insecure", false, "answer on an address that is not loopback, without TLS: whoever reaches it can read and write")
 	f.StringVar(&o.tls, "tls", "", "insist on TLS 1.3 and on a certificate of each client, with ca-cert.pem, server-cert.pem and server-key.pem of `DIR` (memsync certs), which are read anew when they change")
 	f.StringVar(&o.allow, "allow", "", "what each client may do, by `FILE` of lines WHO REGION RIGHTS: WHO is the name in the certificate (memsync certs --client), RIGHTS of read,write,migrate; needs --tls")
+	o.relay.add(f)
 	limitFlags(f, &o.limits)
 	return c
 }
@@ -142,6 +150,11 @@ func serve(s *state, o serveOptions, args []string) (err error) {
 		return exitWith(exitUsage, fmt.Errorf("--transport: unknown transport %q; valid: %s", o.transport, strings.Join(all.TransportNames(), ", ")))
 	}
 	listen, err := listener(s, o, t)
+	if o.relay != (relayFlags{}) {
+		if listen, err = o.relay.listener(s, t, o.insecure || o.tls != ""); err != nil {
+			return exitWith(exitUsage, err)
+		}
+	}
 	if err != nil {
 		return exitWith(exitUsage, fmt.Errorf("--listen %s: %w", o.listen, err))
 	}

@@ -51,6 +51,9 @@ type Spec struct {
 	Settings    []string    // name=value of the parameters of strategy, device and transport
 	TLS         string      // folder with the certificates of cert.Authority; empty: none
 	Mode        os.FileMode // permission bits of the files; 0 is 0600
+	// Via makes the connections, unless nil, in place of dialling Address, whose host is
+	// still the one of the source's certificate.
+	Via transport.Dialer
 	// Reconnect is how long a source that is gone is tried for; until then whoever
 	// reads waits. 0: errors at once.
 	Reconnect time.Duration
@@ -134,6 +137,9 @@ func Open(ctx context.Context, s Spec) (_ *Mount, err error) {
 	dialer, err := s.Address.dialer(t)
 	if err != nil {
 		return nil, err
+	}
+	if s.Via != nil {
+		dialer = s.Via
 	}
 	m := &Mount{spec: s, began: time.Now()}
 	if err := m.place(ctx, t, dialer); err != nil {
