@@ -66,6 +66,7 @@ var layers = []struct {
 	{"strategies/backend/services", 12, false},
 	{"strategies/backend/tape", 12, false},
 	{"strategies/backend/cassandra", 13, false},
+	{"strategies/backend/encrypt", 13, false},
 	{"strategies/backend/keyed", 14, false},
 	{"strategies/backend/keyed/keyedtest", 12, false},
 	{"strategies/storetest", 12, false},

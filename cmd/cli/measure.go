@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -55,6 +56,7 @@ func sizeFlag(f *pflag.FlagSet, p *int64, name string, def int64, doc string) {
 }
 
 type measureOptions struct {
+	encrypt               string
 	cell                  scenarios.Cell
 	profile, shaper       string
 	rtt, jitter           time.Duration
@@ -108,6 +110,7 @@ missing here; 5 not permitted or the link could not be calibrated; 6 wrong usage
 	f.IntVar(&o.pullWorkers, "pull-workers", -1, "background pulls in flight; 0 is none (default: the strategy's)")
 	f.IntVar(&o.pushWork, "push-workers", -1, "background pushes in flight; 0 is none (default: the strategy's)")
 	f.Lookup("pull-workers").DefValue, f.Lookup("push-workers").DefValue = "0", "0" // -1 means nothing to a reader of --help
+	f.StringVar(&o.encrypt, "encrypt", "", "encrypt chunks before the backend has them, with the key in `KEYFILE` (32 bytes, or these in hexadecimal or base64), or env for MEMSYNC_ENCRYPTION_KEY; with the backends that keep chunks")
 	f.StringArrayVar(&k.Settings, "set", nil, "`key=value`: a parameter of the strategy, device, transport or backend (--explain lists them); may be repeated")
 	f.StringVar(&k.CPUs, "cpus", "", "`placement`, such as source=0,daemon=1,workload=1 (default: the scheduler's)")
 	f.IntVar(&o.runs, "runs", 6, "number of runs, 1 to 10000")
@@ -154,6 +157,19 @@ func (o *measureOptions) resolve(f *pflag.FlagSet) error {
 	c := &o.cell
 	if c.Strategy == "" {
 		return exitWith(exitUsage, fmt.Errorf("--strategy is required; valid: %s", strings.Join(c.Strategies.Names(), ", ")))
+	}
+	if o.encrypt != "" {
+		if !backend.Chunked(c.Backend) {
+			return exitWith(exitUsage, fmt.Errorf("--encrypt with --backend %s: it keeps no chunks to encrypt; valid: %s", c.Backend, strings.Join(slices.DeleteFunc(backend.Names(), func(n string) bool { return !backend.Chunked(n) }), ", ")))
+		}
+		if o.encrypt != "env" {
+			path, err := filepath.Abs(o.encrypt)
+			if err != nil {
+				return exitWith(exitUsage, err)
+			}
+			o.encrypt = path
+		}
+		c.Settings = append(c.Settings, "encrypt="+o.encrypt)
 	}
 	if o.profile != "" {
 		p, err := netem.ProfileByName(o.profile)

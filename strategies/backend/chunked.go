@@ -16,6 +16,7 @@ import (
 
 	"memsync/strategies/backend/cassandra"
 	"memsync/strategies/backend/directory"
+	"memsync/strategies/backend/encrypt"
 	"memsync/strategies/backend/keyed"
 	"memsync/strategies/backend/kv"
 	"memsync/strategies/backend/redis"
@@ -124,6 +125,8 @@ func Params(name string) []param.Spec {
 	specs := append([]param.Spec{
 		{Name: "missing", Kind: param.KindEnum, Default: string(keyed.MissingError), Values: []string{string(keyed.MissingError), string(keyed.MissingZero)},
 			Doc: "a chunk that the backend does not have: an error, or zeroes"},
+		{Name: "encrypt", Kind: param.KindString, Check: checkKey,
+			Doc: "file with the key that chunks are encrypted with before the backend has them, or env for " + encrypt.KeyEnv + " (default: none; docs/backends.md)"},
 		{Name: "retry", Kind: param.KindDuration, Default: "10s", Doc: "how long the backend repeats a call that fails, with growing pauses; 0 is never"},
 	}, b.params...)
 	if b.server {
@@ -142,6 +145,15 @@ func checkEndpoint(v string) error {
 		return errors.New("want host:port, without credentials (those come from the environment)")
 	}
 	return nil
+}
+
+// checkKey wants a key that can be read: what is recorded is where it is.
+func checkKey(path string) error {
+	if path == "" {
+		return nil
+	}
+	_, err := encrypt.ReadKey(path)
+	return err
 }
 
 // External returns the server that the endpoint parameter names, with the
@@ -186,11 +198,25 @@ func openChunked(ctx context.Context, b chunkedBackend, s Spec, dir string, fill
 		}
 	}
 	if s.Backend == "s3" && params.Text("s3_layout") == "object" {
+		if params.Text("encrypt") != "" {
+			return nil, fmt.Errorf("encrypt with s3_layout=object: one object has no chunks of its own: %w", region.ErrNotSupported)
+		}
 		return openObject(ctx, a, s.Size, fill)
 	}
 	t, err := b.open(ctx, a)
 	if err != nil {
 		return nil, err
+	}
+	if path := params.Text("encrypt"); path != "" {
+		k, err := encrypt.ReadKey(path)
+		if err != nil {
+			return nil, errors.Join(err, t.Close())
+		}
+		sealed, err := encrypt.New(t, k, nil) // a region of its own, which goes with this process
+		if err != nil {
+			return nil, errors.Join(err, t.Close())
+		}
+		t = sealed
 	}
 	retry := params.Duration("retry")
 	if retry == 0 {
