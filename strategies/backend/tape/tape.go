@@ -44,10 +44,9 @@ type Table struct {
 	tape *os.File
 
 	// Of who has the head.
-	at     int64         // where the head is
-	debt   time.Duration // of waiting that is not worth a timer yet
-	held   record        // the last record that was read, which the drive still has
-	buffer []byte        // its value
+	at   int64         // where the head is
+	debt time.Duration // of waiting that is not worth a timer yet
+	held []held        // what was read last, which the drive still has; the oldest first
 
 	mu      sync.Mutex
 	busy    bool // somebody has the head
@@ -64,6 +63,16 @@ type waiter struct {
 }
 
 var _ keyed.Table = (*Table)(nil)
+
+// held is a record in the drive's buffer.
+type held struct {
+	record
+	value []byte
+}
+
+// buffered is how many bytes of records the drive keeps: who reads several a piece at a
+// time must not have the head go back for each piece.
+const buffered = 4 << 20
 
 // record is where a value is on the tape.
 type record struct{ off, n int64 } // of the value, behind its header
@@ -339,20 +348,37 @@ func (t *Table) Get(ctx context.Context, numbers []int64, use func(i int, value 
 	t.mu.Unlock()
 	slices.SortFunc(order, func(a, b wanted) int { return cmp.Compare(a.off, b.off) })
 	for _, w := range order {
-		if w.record != t.held { // else its other bytes were wanted a moment ago
-			t.held = record{}
-			if err := t.pass(ctx, w.off-headerSize, headerSize+w.n); err != nil {
-				return err
-			}
-			t.buffer = slices.Grow(t.buffer[:0], int(w.n))[:w.n]
-			if _, err := t.tape.ReadAt(t.buffer, w.off); err != nil {
-				return fmt.Errorf("read the tape at %d: %w", w.off, err)
-			}
-			t.held = w.record
+		value, err := t.read(ctx, w.record)
+		if err != nil {
+			return err
 		}
-		use(w.i, t.buffer)
+		use(w.i, value)
 	}
 	return nil
+}
+
+// read returns the value of a record, which is valid until the next call.
+func (t *Table) read(ctx context.Context, r record) ([]byte, error) {
+	if i := slices.IndexFunc(t.held, func(h held) bool { return h.record == r }); i >= 0 {
+		return t.held[i].value, ctx.Err()
+	}
+	if err := t.pass(ctx, r.off-headerSize, headerSize+r.n); err != nil {
+		return nil, err
+	}
+	total, drop := r.n, 0
+	for _, h := range t.held {
+		total += h.n
+	}
+	for ; drop < len(t.held) && total > buffered; drop++ {
+		total -= t.held[drop].n
+	}
+	t.held = slices.Delete(t.held, 0, drop)
+	value := make([]byte, r.n)
+	if _, err := t.tape.ReadAt(value, r.off); err != nil {
+		return nil, fmt.Errorf("read the tape at %d: %w", r.off, err)
+	}
+	t.held = append(t.held, held{r, value})
+	return value, nil
 }
 
 // first is where the first record of numbers begins; 0 where there is none.

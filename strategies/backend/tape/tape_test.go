@@ -133,9 +133,18 @@ func TestHead(t *testing.T) {
 	})
 	alone := timed(func() {
 		for _, n := range numbers {
+			table.held = nil
 			get(t, table, n)
 		}
 	})
+	table.held = nil
+	get(t, table, 3)
+	get(t, table, 1)
+	at := table.at
+	if get(t, table, 3) != "value 3" || get(t, table, 1) != "value 1" || table.at != at {
+		t.Errorf("the head went from %d to %d for what the drive has", at, table.at)
+	}
+	table.held = nil
 	if together < turn || alone < 19*turn || together > alone/2 {
 		t.Errorf("20 records took %v together, %v one after another from the last", together, alone)
 	}
@@ -143,7 +152,7 @@ func TestHead(t *testing.T) {
 	table.o.Turn = turn / 5
 	var wg sync.WaitGroup
 	errs := make(chan error, 20)
-	at := timed(func() {
+	took := timed(func() {
 		for _, n := range numbers {
 			wg.Go(func() {
 				err := table.Get(t.Context(), []int64{n}, func(_ int, v []byte) {
@@ -162,8 +171,8 @@ func TestHead(t *testing.T) {
 	for err := range errs {
 		t.Error(err)
 	}
-	t.Logf("20 at once: %v", at)
-	table.o.Turn = time.Hour
+	t.Logf("20 at once: %v", took)
+	table.o.Turn, table.held = time.Hour, nil
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
 	if err := table.Get(ctx, []int64{7}, func(int, []byte) {}); !errors.Is(err, context.DeadlineExceeded) {
