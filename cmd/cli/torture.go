@@ -48,6 +48,7 @@ runs it again. Exit status: 0 all held; 1 one was broken; 3 bytes differed; 4 no
 --only takes works here; 6 wrong usage; 130 interrupted.`,
 		Example: `  memsync torture --time 5m --seed 1
   memsync torture --only managed-mount/fuse --level processes
+  memsync torture --soak --time 1h
   memsync torture --replay 844424930131968`,
 		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error { return runTorture(s, o) },
@@ -59,6 +60,7 @@ runs it again. Exit status: 0 all held; 1 one was broken; 3 bytes differed; 4 no
 	f.StringSliceVar(&o.Levels, "level", nil, "virtual, machines or processes; may be repeated (default all)")
 	f.StringVar(&o.only, "only", "", "`strategy/device/transport/backend`: only these; * is any, the last parts may be left out")
 	f.IntVar(&o.Jobs, "jobs", 0, "programs at once on virtual clocks; 0 is one for each CPU but one")
+	f.BoolVar(&o.Soak, "soak", false, "fail where a process that runs programs grows: memory, descriptors, goroutines, threads")
 	f.StringVar(&o.replay, "replay", "", "run only the program of this `seed`, and print what it does")
 	f.BoolVar(&o.json, "json", false, "print one JSON object")
 	completions(c, map[string]func() []string{"level": torture.Levels, "only": s.program.Strategies.Names})
@@ -153,7 +155,15 @@ func runTorture(s *state, o *tortureOptions) error {
 	if s.ctx.Err() != nil {
 		return exitWith(exitInterrupted, errors.New("interrupted"))
 	}
-	return verdict(report.Failures...)
+	if err := verdict(report.Failures...); err != nil {
+		return err
+	}
+	for _, k := range report.Soaked {
+		if k.Error != "" {
+			return exitWith(exitFailed, errors.New(k.Error))
+		}
+	}
+	return nil
 }
 
 // verdict is the error of programs that failed.
@@ -243,6 +253,18 @@ func printTorture(s *state, r *torture.Report) error {
 		slices.Sort(names)
 		for _, n := range names {
 			fmt.Fprintf(w, "%s\t%s\n", n, r.Missing[n])
+		}
+	}
+	if len(r.Soaked) > 0 {
+		fmt.Fprintln(w, "\nsoak\tprograms\theap\tresident\tdescriptors\tgoroutines\tthreads")
+		for i, k := range r.Soaked {
+			for _, at := range []struct {
+				when string
+				torture.Sample
+			}{{"first", k.First}, {"last", k.Last}} {
+				fmt.Fprintf(w, "process %d, %s\t%d\t%s\t%s\t%.0f\t%.0f\t%.0f\n", i+1, at.when, k.Programs,
+					region.FormatSize(int64(at.Heap)), region.FormatSize(int64(at.Resident)), at.Descriptors, at.Goroutines, at.Threads)
+			}
 		}
 	}
 	_, err := fmt.Fprintf(w, "\nseed %d, %d programs broke an invariant\n", r.Seed, len(r.Failures))

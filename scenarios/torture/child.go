@@ -36,8 +36,7 @@ type result struct {
 	Error  string   `json:"error,omitempty"`
 	Differ bool     `json:"differ,omitempty"` // the error is that bytes differ
 	Trace  []string `json:"trace,omitempty"`  // of a program that failed, or of any with Keep
-	Heap   uint64   `json:"heap"`             // bytes in use after it
-	Gs     int      `json:"goroutines"`
+	Sample Sample   `json:"sample"`           // of the process, after it
 }
 
 // resultFD is where the child answers; its stdout is package testing's.
@@ -69,7 +68,11 @@ func RunChild(known strategies.Registry) int {
 			var m runtime.MemStats
 			runtime.GC()
 			runtime.ReadMemStats(&m)
-			r.Heap, r.Gs = m.HeapAlloc, runtime.NumGoroutine()
+			r.Sample = Sample{Heap: float64(m.HeapAlloc), Goroutines: float64(runtime.NumGoroutine())}
+			if err := r.Sample.sample(); err != nil {
+				t.Error(err)
+				return
+			}
 			if err := out.Encode(r); err != nil {
 				return // nobody listens any more
 			}

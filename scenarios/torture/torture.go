@@ -37,6 +37,8 @@ type Options struct {
 	Jobs     int    // programs at once on virtual clocks; 0 is one for each CPU but one
 	// Ended, unless nil, is told of each program, by one goroutine at a time.
 	Ended func(Ended)
+	// Soak: fail where a process that runs programs grows, by its trend (see grown).
+	Soak bool
 }
 
 // Ended says how a program ended.
@@ -71,6 +73,17 @@ type Report struct {
 	// Missing are combinations that cannot be had here, and why.
 	Missing  map[string]string `json:"missing"`
 	Failures []Ended           `json:"failures"`
+	// Soaked are the first and the last sample of each process that ran programs on a virtual
+	// clock, and how many there were.
+	Soaked []Soaked `json:"soaked,omitempty"`
+}
+
+// Soaked is how a process changed while it ran programs.
+type Soaked struct {
+	Programs int    `json:"programs"`
+	First    Sample `json:"first"`
+	Last     Sample `json:"last"`
+	Error    string `json:"error,omitempty"` // it grew
 }
 
 // ErrNothing: no combination passes the filter here.
@@ -190,6 +203,14 @@ func (c *campaign) ended(e Ended) {
 // virtual runs programs on virtual clocks, in children of this process.
 func (c *campaign) virtual(ctx context.Context, of []string) error {
 	var k *child
+	var samples []Sample
+	soaked := func() {
+		if c.o.Soak && len(samples) > 0 {
+			c.soaked(samples)
+		}
+		samples = nil
+	}
+	defer soaked()
 	defer func() {
 		if k != nil {
 			k.stop()
@@ -216,11 +237,26 @@ func (c *campaign) virtual(ctx context.Context, of []string) error {
 		case err != nil: // it died: that is a finding, too
 			e.Error = err.Error()
 			k = nil
-		case r.Heap > heapLimit:
-			e.Error = broken("memory is bounded", "%d bytes are in use after the program, more than %d", r.Heap, heapLimit).Error()
+			soaked()
+		case r.Sample.Heap > heapLimit:
+			e.Error = broken("memory is bounded", "%.0f bytes are in use after the program, more than %d", r.Sample.Heap, heapLimit).Error()
+		}
+		if err == nil {
+			samples = append(samples, r.Sample)
 		}
 		c.ended(e)
 	}
+}
+
+// soaked notes how a process changed.
+func (c *campaign) soaked(samples []Sample) {
+	s := Soaked{Programs: len(samples), First: samples[0], Last: samples[len(samples)-1]}
+	if err := grown(samples); err != nil {
+		s.Error = err.Error()
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.report.Soaked = append(c.report.Soaked, s)
 }
 
 // Replay runs one program again and returns how it ended, with its trace. One with
