@@ -154,8 +154,9 @@ writes tidy records and plots.`,
 	root.SetOut(s.stdout)
 	root.SetErr(s.stderr)
 	root.AddCommand(commands(s)...)
-	for _, c := range append(root.Commands(), root) {
-		c.Example = strings.ReplaceAll(c.Example, "memsync ", s.program.Name+" ")
+	for all := []*cobra.Command{root}; len(all) > 0; all = all[1:] {
+		all[0].Example = strings.ReplaceAll(all[0].Example, "memsync ", s.program.Name+" ")
+		all = append(all, all[0].Commands()...)
 	}
 	return root
 }

@@ -17,7 +17,7 @@ import (
 func commands(s *state) []*cobra.Command {
 	return []*cobra.Command{
 		newListCmd(s), newMeasureCmd(s), newRunCmd(s), newPlotCmd(s), newCompareCmd(s), newMergeCmd(s), newClaimsCmd(s), newReportCmd(s), newPaperCmd(s), newRecommendCmd(s), newCleanCmd(s),
-		newDoctorCmd(s), newLabCmd(s), newServeCmd(s), newMountCmd(s), newStatusCmd(s), newCertsCmd(s), newRelayCmd(s), newSnapshotCmd(s), newTortureCmd(s),
+		newDoctorCmd(s), newLabCmd(s), newServeCmd(s), newMountCmd(s), newStatusCmd(s), newCertsCmd(s), newRelayCmd(s), newSnapshotCmd(s), newTortureCmd(s), newServicesCmd(s),
 	}
 }
 

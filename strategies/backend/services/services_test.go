@@ -296,3 +296,112 @@ func TestUnknown(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A server that cannot be had is named with what would mend it, and leaves nothing.
+func TestMissing(t *testing.T) {
+	tmp, empty := t.TempDir(), t.TempDir()
+	t.Setenv("TMPDIR", tmp)
+	t.Setenv("PATH", empty)
+	t.Setenv("JAVA_HOME", "")
+	t.Setenv("XDG_CACHE_HOME", empty)
+	for name, mend := range map[string]string{"redis": "apt-get install redis-server", "s3": "go install ", "cassandra": "apt-get install "} {
+		if _, _, err := services.Stand(context.Background(), name, nil); !errors.Is(err, region.ErrNotSupported) || !strings.Contains(err.Error(), mend) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if left, err := os.ReadDir(tmp); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// standings are the standing servers in the temporary directory.
+func standings(t *testing.T) []services.Standing {
+	t.Helper()
+	all, err := services.Standings(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+func TestStanding(t *testing.T) {
+	start(t, "redis") // or skip
+	tmp := t.TempDir()
+	t.Setenv("TMPDIR", tmp)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	t.Cleanup(func() {
+		for _, st := range standings(t) {
+			if err := st.Down(); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	st, fresh, err := services.Stand(ctx, "redis", nil)
+	if err != nil || !fresh {
+		t.Fatal(fresh, err)
+	}
+	table, err := redis.Open(ctx, redisOptions(st.Endpoint))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(table.Put(ctx, []int64{1}, [][]byte{{1}}), table.Close()); err != nil {
+		t.Error(err)
+	}
+	if b, err := os.ReadFile(st.PasswordFile()); err != nil || strings.TrimSpace(string(b)) != st.Password {
+		t.Errorf("password file: %v", err)
+	}
+	if again, fresh, err := services.Stand(ctx, "redis", nil); err != nil || fresh || again.ID != st.ID || again.Password != st.Password {
+		t.Errorf("asked for again: %v, started %v: %v", again.ID, fresh, err)
+	}
+	if removed, err := services.Clean(); len(removed) > 0 || err != nil {
+		t.Errorf("clean took a server that runs: %v, %v", removed, err)
+	}
+	// A record of another process with that number, as after a restart of the machine.
+	for _, other := range []func(*services.Standing){
+		func(st *services.Standing) { st.ID.Start++ },
+		func(st *services.Standing) { st.ID.Boot = "another" },
+	} {
+		wrong := st
+		other(&wrong)
+		wrong.Dir = t.TempDir()
+		if err := wrong.Down(); err != nil {
+			t.Error(err)
+		}
+		if all := standings(t); len(all) != 1 || all[0].State != services.Running {
+			t.Fatalf("a process that only had the number was ended: %v", all)
+		}
+	}
+	// It stands still, then it dies.
+	if err := syscall.Kill(st.ID.PID, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if all := standings(t); len(all) != 1 || all[0].State != services.Mute {
+		t.Errorf("stopped: %v", all)
+	}
+	if err := errors.Join(syscall.Kill(st.ID.PID, syscall.SIGKILL), syscall.Kill(st.ID.PID, syscall.SIGCONT)); err != nil {
+		t.Fatal(err)
+	}
+	for standings(t)[0].State != services.Gone {
+		if ctx.Err() != nil {
+			t.Fatal("killed, but not gone")
+		}
+	}
+	// Another one takes its place.
+	next, fresh, err := services.Stand(ctx, "redis", nil)
+	if err != nil || !fresh || len(standings(t)) != 1 {
+		t.Fatalf("in the place of a dead one: started %v: %v", fresh, err)
+	}
+	if err := errors.Join(syscall.Kill(next.ID.PID, syscall.SIGKILL)); err != nil {
+		t.Fatal(err)
+	}
+	var removed []string
+	for len(removed) == 0 && ctx.Err() == nil {
+		if removed, err = services.Clean(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if left, err := os.ReadDir(tmp); err != nil || len(left) > 0 || len(removed) != 1 || removed[0] != next.Dir {
+		t.Errorf("removed %v, left %v: %v", removed, left, err)
+	}
+}
