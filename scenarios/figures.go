@@ -37,6 +37,7 @@ func Figures() []Figure {
 		snapshotFigures(),
 		transportFigures(),
 		caseFigures(),
+		backendFigures(),
 		allFigures(),
 	)
 }
