@@ -167,7 +167,7 @@ func throughputByBackendAndRTT() Figure {
 	f.Cells = func(variant string, quick bool) []*Cell {
 		rtts := []int{0, 2, 4, 6, 8, 10, 12, 14, 22, 28, 34, 40}
 		if quick {
-			rtts = []int{0, 10, 40}
+			rtts = []int{0, 20}
 		}
 		var cells []*Cell
 		for _, ms := range rtts {

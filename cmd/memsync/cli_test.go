@@ -85,6 +85,16 @@ func TestScripts(t *testing.T) {
 			if cache, err := lab.CacheDir(os.Getenv); err == nil {
 				e.Setenv("MEMSYNC_LAB_CACHE", cache)
 			}
+			tmp := e.Getenv("TMPDIR")
+			e.Defer(func() { // of a script that failed: servers outlive their command
+				if left, _ := filepath.Glob(filepath.Join(tmp, "memsync-services-*")); len(left) > 0 {
+					down := exec.Command("/proc/self/exe")
+					down.Args, down.Env = []string{"memsync", "services", "down"}, append(os.Environ(), "TMPDIR="+tmp)
+					if out, err := down.CombinedOutput(); err != nil {
+						t.Errorf("services down: %v: %s", err, out)
+					}
+				}
+			})
 			return nil
 		},
 		Condition: func(c string) (bool, error) {
