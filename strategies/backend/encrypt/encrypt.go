@@ -107,13 +107,15 @@ func (k Key) id() (id [idSize]byte, err error) {
 	return id, err
 }
 
-// Table is a keyed.Table over another one. Puts of one number must come one after
-// another, as those of keyed.Store do; else its methods may be called concurrently.
+// Table is a keyed.Table over another one. Its Puts of one number come one after
+// another, so that the version that is there last is the one that was given last.
 type Table struct {
 	inner keyed.Table
 	aead  cipher.AEAD
 	id    [idSize]byte
 	salt  [saltSize]byte // of the region
+
+	puts [64]chan struct{} // by number: held by a Put
 
 	mu       sync.Mutex
 	versions map[int64]*version
@@ -129,6 +131,9 @@ var _ keyed.Table = (*Table)(nil)
 // these values, nil for a region that has none yet.
 func New(inner keyed.Table, k Key, record []byte) (*Table, error) {
 	t := &Table{inner: inner, versions: map[int64]*version{}}
+	for i := range t.puts {
+		t.puts[i] = make(chan struct{}, 1)
+	}
 	var err error
 	if t.id, err = k.id(); err != nil {
 		return nil, err
@@ -249,8 +254,37 @@ type permanent struct{ error }
 
 func (p permanent) Unwrap() []error { return []error{p.error, keyed.ErrPermanent} }
 
+// lock keeps other Puts from numbers.
+func (t *Table) lock(ctx context.Context, numbers []int64) (unlock func(), err error) {
+	var which []uint64
+	for _, n := range numbers {
+		which = append(which, uint64(n)%uint64(len(t.puts)))
+	}
+	slices.Sort(which) // one order for all, so that no two wait for each other
+	which = slices.Compact(which)
+	free := func(which []uint64) {
+		for _, w := range which {
+			<-t.puts[w]
+		}
+	}
+	for i, w := range which {
+		select {
+		case t.puts[w] <- struct{}{}:
+		case <-ctx.Done():
+			free(which[:i])
+			return nil, ctx.Err()
+		}
+	}
+	return func() { free(which) }, nil
+}
+
 // Put implements keyed.Table.
 func (t *Table) Put(ctx context.Context, numbers []int64, values [][]byte) error {
+	unlock, err := t.lock(ctx, numbers)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	sealed, sent := make([][]byte, len(values)), make([]uint64, len(values))
 	for i, n := range numbers {
 		t.mu.Lock()
