@@ -319,10 +319,7 @@ func (e *execution) reopen(ctx context.Context) error {
 	err := e.within(ctx, "close", e.l.access, e.w.close)
 	e.outcome("close", err)
 	if err != nil {
-		if e.mu.Lock(); !e.p.Kept {
-			from = e.synced
-		}
-		e.mu.Unlock()
+		from = e.survives(from)
 	}
 	return e.again(ctx, from)
 }
@@ -334,12 +331,18 @@ func (e *execution) kill(ctx context.Context) error {
 		return broken(byDeadline, "kill the daemon: %w", err)
 	}
 	e.running.Wait()
+	return e.again(ctx, e.survives(from))
+}
+
+// survives is from when on a daemon that was killed at a moment may have lost what was
+// answered: what a workload stores in a mapping is in the kernel's page cache until it is flushed.
+func (e *execution) survives(killed int64) int64 {
 	e.mu.Lock()
-	if !e.p.Kept {
-		from = e.synced
+	defer e.mu.Unlock()
+	if e.p.Kept && !e.l.alone {
+		return killed
 	}
-	e.mu.Unlock()
-	return e.again(ctx, from)
+	return e.synced
 }
 
 // again opens the region after it was closed or killed, with all faults over, and

@@ -226,6 +226,19 @@ func (p *parties) trouble() {
 	p.after(p.some(), p.trouble)
 }
 
+// patience is how long a source that has stopped its application, or is about to, waits for
+// the next request before its driver takes it back.
+const patience = time.Minute
+
+// timer is the source's: it runs whether anything is at fault or not.
+func (p *parties) timer(phase handover.Phase, epoch uint64) {
+	if s := p.src; !p.srcDead && !p.exited && s.Phase == phase && s.Epoch == epoch && (phase == handover.Suspending || phase == handover.Suspended) {
+		p.act(s.Expire(epoch))
+	}
+	phase, epoch = p.src.Phase, p.src.Epoch
+	p.after(patience, func() { p.timer(phase, epoch) })
+}
+
 func (p *parties) restartSource() {
 	if !p.srcDead {
 		return
@@ -270,6 +283,7 @@ func machines(seed uint64, c *Counts, trace func(string, ...any)) error {
 		p.ask(i)
 	}
 	p.after(p.some(), p.trouble)
+	p.timer(p.src.Phase, p.src.Epoch)
 	p.run(time.Duration(5+r.IntN(40)) * time.Minute)
 	p.healed = true
 	p.trace("%12v all faults end; the source is %v, epoch %d", p.now, p.src.Phase, p.src.Epoch)

@@ -23,7 +23,7 @@ import (
 // processLimits: a fault lasts a second and a half at most, but several may follow one
 // another, and the machine may be busy. A QUIC source learns that a daemon was killed from
 // its silence only, and holds its lease until then. One access at a time: a role does one thing after another.
-var processLimits = limits{access: 40 * time.Second, slack: 10 * time.Second, recover: 100 * time.Second, alone: true}
+var processLimits = limits{access: 40 * time.Second, slack: 10 * time.Second, recover: 150 * time.Second, alone: true}
 
 // available returns the combinations that work here, and why others do not.
 func available(o Options) (combos []Combo, missing map[string]string, err error) {
