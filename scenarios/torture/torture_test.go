@@ -57,15 +57,6 @@ func TestPrograms(t *testing.T) {
 	}
 }
 
-// TestFound are programs that once found a bug.
-func TestFound(t *testing.T) {
-	for seed, what := range found {
-		if c := run(t, seed); c.Steps == 0 {
-			t.Errorf("program %d (%s) did nothing", seed, what)
-		}
-	}
-}
-
 // TestHostileLink: whatever a link makes of what both ends of each protocol say, without TLS, no
 // process dies, every call returns by its deadline, and no goroutine is left.
 func TestHostileLink(t *testing.T) {
