@@ -58,7 +58,7 @@ func TestServeAbuse(t *testing.T) {
 			grown := rss(t, pid, "VmHWM") - idle
 			t.Logf("%s: idle %d MiB, grown by %d MiB at most, under %d connections and %d attacks' messages; the other client read the region %d times meanwhile",
 				name, idle>>20, grown>>20, a.conns, a.messages, rounds)
-			if grown > 64<<20 {
+			if grown > 64<<20 && !underRaceDetector() { // which keeps several bytes for each
 				t.Errorf("the server's memory grew by %d MiB, more than 64", grown>>20)
 			}
 			honest(t, name, port, want, time.Now())
